@@ -1,0 +1,64 @@
+"""jdiff: diffusion and flow generative models in JAX. Any process, any solver, any guidance, any network.
+
+import jax, jdiff
+process  = jdiff.process.edm()
+denoiser = jdiff.denoiser(my_network, process, prediction="x0")      # my_network(x, t) -> x0
+solver   = jdiff.solvers.dpm_solver_pp(order=2)(process, jdiff.times.karras(process, 10))
+x        = jdiff.sample(denoiser, solver, process.prior(jax.random.key(0), (16, 32, 32, 3)))
+"""
+
+import importlib
+import os
+from typing import TYPE_CHECKING, Any
+
+if not os.path.isdir(os.path.join(os.path.dirname(__file__), "solvers")):  # a checkout without links
+    __path__.append(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from jdiff import exact, noise, predict, process, times
+from jdiff.denoiser import Denoiser, denoiser, edm_precondition
+from jdiff.execute import Info, State, Stepper, Trajectory, rows, sample, stepper
+from jdiff.tableau import Record, Tableau
+from jdiff.trace import Solver, trace
+
+if TYPE_CHECKING:
+    from jdiff import checkpoint as checkpoint
+    from jdiff import data as data
+    from jdiff import ema as ema
+    from jdiff import guidance as guidance
+    from jdiff import losses as losses
+    from jdiff import metrics as metrics
+    from jdiff import nets as nets
+    from jdiff import reproduce as reproduce
+    from jdiff import solvers as solvers
+    from jdiff import train as train
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "checkpoint",
+    "data",
+    "ema",
+    "guidance",
+    "losses",
+    "metrics",
+    "nets",
+    "reproduce",
+    "solvers",
+    "train",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return importlib.import_module(f"jdiff.{name}")
+    raise AttributeError(f"module 'jdiff' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | _LAZY)
+
+
+__all__ = [
+    "Denoiser", "Info", "Record", "Solver", "State", "Stepper", "Tableau", "Trajectory", "denoiser",
+    "edm_precondition", "exact", "noise", "predict", "process", "rows", "sample", "stepper", "times", "trace",
+]  # fmt: skip

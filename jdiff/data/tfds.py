@@ -1,0 +1,74 @@
+"""TFDS data sets that lie prepared as ArrayRecord: read without TensorFlow."""
+
+import difflib
+import os
+from pathlib import Path
+
+import numpy as np
+
+from .dataset import Dataset
+from .images import fit
+
+
+def load_tfds(name: str, split: str, size: int | None, data_dir: str | os.PathLike | None) -> Dataset:
+    """The features "image" (uint8, H x W x C) and, where there is one, "label" of a prepared TFDS data set.
+
+    Reading needs no TensorFlow; preparing a set that has `features.Image` does (elsewhere, once:
+    `tfds.builder(name, file_format="array_record").download_and_prepare()`).
+
+    Raises FileNotFoundError if the set is not prepared there as ArrayRecord, ValueError for an unknown split,
+    or features that are not labelled uint8 images of one size (give `size` for several).
+    """
+    import tensorflow_datasets as tfds
+
+    data_dir = None if data_dir is None else os.fspath(data_dir)
+    where = data_dir or tfds.core.constants.DATA_DIR
+    try:
+        builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
+        splits = builder.info.splits
+    except (tfds.core.DatasetNotFoundError, ValueError, NotImplementedError) as error:
+        raise _not_prepared(name, where) from error
+    if not splits:
+        raise _not_prepared(name, where)
+    if split.split("[")[0] not in splits:
+        raise ValueError(f"tfds:{name} has the splits {sorted(splits)}, got {split!r}")
+    source = builder.as_data_source(split=split)
+    features = dict(builder.info.features.items())
+    image = features.get("image")
+    if image is None or image.np_dtype != np.uint8 or len(image.shape) != 3:
+        raise ValueError(
+            f'tfds:{name} must have a feature "image" of uint8 (H, W, C), its features are {features}'
+        )
+    if None in image.shape[:2] and size is None:
+        raise ValueError(f"tfds:{name} has images of different sizes {image.shape}: give `size`")
+    label = features.get("label")
+    class_names = tuple(label.names) if label is not None else ("all",)
+
+    def read(indices):
+        examples = source.__getitems__([int(i) for i in indices])
+        images = np.stack([_resize(example["image"], size) for example in examples])
+        return images, np.array([example.get("label", 0) for example in examples], np.int32)
+
+    shape = (size, size, image.shape[2]) if size else image.shape
+    return Dataset(f"tfds:{name}/{split}", len(source), tuple(shape), class_names, read)
+
+
+def _not_prepared(name: str, where: str) -> FileNotFoundError:
+    there = sorted(p.name for p in Path(where).expanduser().glob("*") if p.is_dir()) if where else []
+    near = difflib.get_close_matches(name, there, 1, 0.5)
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    return FileNotFoundError(
+        f"no TFDS data set {name!r} prepared as ArrayRecord in {where!r}{hint}: give its `data_dir`, or "
+        "prepare it, where TensorFlow is installed, with "
+        f'tfds.builder("{name}", file_format="array_record").download_and_prepare()'
+    )
+
+
+def _resize(image: np.ndarray, size: int | None) -> np.ndarray:
+    if size is None or image.shape[:2] == (size, size):
+        return image
+    from PIL import Image
+
+    grey = image.shape[-1] == 1
+    out = np.asarray(fit(Image.fromarray(image[..., 0] if grey else image), size))
+    return out[..., None] if grey else out

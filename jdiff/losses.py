@@ -1,0 +1,199 @@
+"""Denoising losses: E_{t, eps} w(t) |F(x_t, t) - target|^2, for each of the five things a network may predict.
+
+A prediction's error is that of x0 seen through a linear map: error_x0 = J(t) error_kind, with x_t held fixed. So
+a weighting is defined once, on the error of x0, and reaches every prediction kind through J(t)^2:
+
+    weighting     on |error of x0|^2                   source
+    "none"        1 / J^2: uniform on the prediction's own error
+    "edm"         (r^2 + d^2) / (r d)^2                Karras et al. 2022, table 1; r = sigma / alpha, d = sigma_data
+    "min_snr"     min(SNR, gamma)                      Hang et al. 2023, section 3.4; SNR = (alpha / sigma)^2
+    "flow"        uniform on the error of dx/dt        conditional flow matching, Lipman et al. 2023, eq. 23
+
+A time sampler maps uniform numbers in (0, 1) to times, by the inverse of its distribution function. So a sample's
+time, its noise and whether its label is dropped depend on the key and on the sample's global index alone: its loss
+is the same in any batch and on any mesh.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Num, PyTree, UInt32
+
+from jdiff import noise
+from jdiff.denoiser import cast_like
+from jdiff.predict import check_kind
+from jdiff.process import Process
+
+Weighting = Literal["none", "edm", "min_snr", "flow"]
+WEIGHTINGS: tuple[str, ...] = get_args(Weighting)
+TimeSampler = Callable[[Float[Array, "*shape"]], Float[Array, "*shape"]]
+Loss = Callable[..., Float[Array, " batch"]]
+
+
+# ------------------------------------------------------------------------------------------------------- times
+def uniform(process: Process) -> TimeSampler:
+    """Times uniform on [t_min, t_max]."""
+    return lambda u: process.t_min + u * (process.t_max - process.t_min)
+
+
+def log_normal(process: Process, mean: float = -1.2, std: float = 1.2) -> TimeSampler:
+    """log(sigma / alpha) normal (Karras et al. 2022, table 1: P_mean, P_std), cut to [t_min, t_max]."""
+    if not std > 0:
+        raise ValueError(f"log_normal: expected std > 0, got {std=}")
+
+    def sampler(u: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+        lam = -(mean + std * jax.scipy.special.ndtri(u))
+        return jnp.clip(process.t_of_lam(lam), process.t_min, process.t_max)
+
+    return sampler
+
+
+def logit_normal(process: Process, mean: float = 0.0, std: float = 1.0) -> TimeSampler:
+    """logit of the flow time normal (Esser et al. 2024, eq. 19); another process gets the same sigma / alpha.
+
+    Flow time is sigma / (sigma + alpha), so its logit is log(sigma / alpha): this is `log_normal` with the
+    defaults of Stable Diffusion 3.
+    """
+    return log_normal(process, mean, std)
+
+
+TIMES = {"uniform": uniform, "logit_normal": logit_normal, "log_normal": log_normal}
+
+
+def uniforms(
+    key: Array,
+    index: Int[Array, " batch"] | UInt32[Array, " batch"],
+    stratified: bool = False,
+    dtype: Any = None,
+) -> Float[Array, " batch"]:
+    """Numbers in the open interval (0, 1), one a sample, from the key and the sample's global index alone.
+
+    Independent, or `stratified`: the additive recurrence u_i = frac(u_0 + i / golden ratio), whose points spread
+    evenly over any run of indices, so over any batch. 23 bits each, so that float32 reaches neither 0 nor 1.
+    """
+    index = index.astype(jnp.uint32)
+    if stratified:  # modulo 2^32, in integers: exact however large the index
+        bits = jax.random.bits(key, (), jnp.uint32) + index * jnp.uint32(2654435769)
+    else:
+        bits = jax.vmap(lambda i: jax.random.bits(jax.random.fold_in(key, i), (), jnp.uint32))(index)
+    return ((bits >> 9).astype(jnp.float32 if dtype is None else dtype) + 0.5) * 2.0**-23
+
+
+# ----------------------------------------------------------------------------------------------------- weights
+def weight(
+    process: Process,
+    prediction: str,
+    weighting: str,
+    t: Float[Array, "*shape"],
+    *,
+    sigma_data: float = 0.5,
+    gamma: float = 5.0,
+) -> Float[Array, "*shape"]:
+    """What multiplies the squared error of a `prediction` made at time t > 0; shaped like t.
+
+    sigma_data: standard deviation of the data ("edm"); gamma: where min-SNR cuts ("min_snr").
+    ValueError for an unknown prediction or weighting.
+    """
+    check_kind(prediction)
+    if weighting not in WEIGHTINGS:
+        raise ValueError(f"unknown weighting {weighting!r}; expected one of {', '.join(WEIGHTINGS)}")
+    if weighting == "none":
+        return jnp.ones_like(t)
+    a, s = jnp.maximum(process.alpha(t), 1e-12), process.sigma(t)  # alpha = 0: the limit, not 0 / 0
+    da, ds = process.dalpha(t), process.dsigma(t)
+    # |J| / sigma; the missing sigma^2 cancels below, where SNR = alpha^2 / sigma^2 would overflow
+    k = {
+        "x0": 1.0 / s,
+        "eps": 1.0 / a,
+        "score": s / a,
+        "v": 1.0 / (a * a + s * s),
+        "velocity": 1.0 / (a * ds - s * da),
+    }
+    on_x0 = {
+        "edm": (s * s + (sigma_data * a) ** 2) / sigma_data**2,
+        "min_snr": jnp.minimum(a * a, gamma * s * s),
+        "flow": k["velocity"] ** -2,
+    }
+    return on_x0[weighting] * k[prediction] ** 2
+
+
+# -------------------------------------------------------------------------------------------------------- loss
+def _target(process: Process, prediction: str, t: Array, x0: PyTree, eps: PyTree) -> PyTree:
+    """What a perfect network would return. From (x0, eps), not from x_t: dividing by sigma loses digits."""
+    if prediction == "x0":
+        return x0
+    if prediction == "eps":
+        return eps
+    a, s = process.alpha(t), process.sigma(t)
+    if prediction == "score":
+        return jax.tree.map(lambda e: -e / s, eps)
+    c0, c1 = (-s, a) if prediction == "v" else (process.dalpha(t), process.dsigma(t))
+    return jax.tree.map(lambda x, e: c0 * x + c1 * e, x0, eps)
+
+
+def drop_labels(
+    key: Array, y: Int[Array, " batch"], probability: float, null_label: int, index: Num[Array, " batch"]
+) -> Int[Array, " batch"]:
+    """Labels, each replaced by `null_label` with this probability: for classifier-free guidance (Ho and Salimans)."""
+    return jnp.where(uniforms(key, index) < probability, jnp.asarray(null_label, y.dtype), y)
+
+
+def denoising_loss(
+    apply: Callable[..., PyTree],
+    process: Process,
+    prediction: str,
+    *,
+    weighting: str = "none",
+    time: TimeSampler | None = None,
+    stratified: bool = False,
+    sigma_data: float = 0.5,
+    gamma: float = 5.0,
+    label_dropout: float = 0.0,
+    null_label: int | None = None,
+) -> Loss:
+    """The function loss(params, key, x0, y=None, index=None) -> (batch,) of weighted squared errors.
+
+    x0: clean samples, an array or a pytree of arrays, batch axis first, float32 (or float64). y: integer labels
+    (batch,) or None. index: global index of each sample, (batch,); default 0, 1, .... Each entry is the mean over
+    the sample's elements, in x0's dtype, and depends on (key, index[i], x0[i], y[i]) alone.
+
+    apply(params, x_t, t, y) -> output of kind `prediction`, shaped like x0; t is (batch, 1, ..., 1), y is None
+    where there are no labels. time: a sampler such as `uniform(process)` (the default). stratified: see `uniforms`.
+    Raises ValueError for an unknown prediction or weighting, a dropout outside [0, 1), or one without a null label.
+    """
+    weight(process, prediction, weighting, jnp.ones(()))  # reports bad names now
+    if not 0 <= label_dropout < 1:
+        raise ValueError(f"label_dropout is a probability in [0, 1), got {label_dropout}")
+    if label_dropout and null_label is None:
+        raise ValueError(f"{label_dropout=} needs null_label, the label that stands for 'none' (net.null_label)")
+    sampler = uniform(process) if time is None else time
+
+    def loss(
+        params: PyTree,
+        key: Array,
+        x0: PyTree[Float[Array, "batch ..."]],
+        y: Int[Array, " batch"] | None = None,
+        index: Num[Array, " batch"] | None = None,
+    ) -> Float[Array, " batch"]:
+        leaves = jax.tree.leaves(x0)
+        n, dtype = leaves[0].shape[0], jnp.promote_types(leaves[0].dtype, jnp.float32)
+        index = jnp.arange(n, dtype=jnp.uint32) if index is None else index.astype(jnp.uint32)
+        time_key, noise_key, label_key = (jax.random.fold_in(key, i) for i in range(3))
+        times = sampler(uniforms(time_key, index, stratified, dtype))
+        if len(ranks := {leaf.ndim for leaf in leaves}) > 1:
+            raise ValueError(f"the sample's arrays have {sorted(ranks)} axes; one time a sample needs the same number")
+        t = times.reshape(n, *[1] * (leaves[0].ndim - 1))
+        eps = noise.normal(noise_key, x0, index)
+        x = process.mix(x0, eps, t)
+        if y is not None and label_dropout:
+            y = drop_labels(label_key, y, label_dropout, null_label, index)
+        output = cast_like(apply(params, x, t, y), x)
+        target = _target(process, prediction, t, x0, eps)
+        w = weight(process, prediction, weighting, times, sigma_data=sigma_data, gamma=gamma)
+        errors = jax.tree.map(lambda o, r: jnp.square(o - r).reshape(n, -1), output, target)
+        flat = jax.tree.leaves(errors)
+        return w * sum(e.sum(-1) for e in flat) / sum(e.shape[1] for e in flat)
+
+    return loss

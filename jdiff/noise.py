@@ -1,0 +1,25 @@
+"""Standard normal noise in which a sample depends on its key and its own global index alone.
+
+So the same sample comes out whatever the batch it is drawn in and however the batch lies on a mesh:
+`normal(key, x)[i]` is drawn from `fold_in(key, index[i])` and from nothing else.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int, PyTree
+
+
+def normal(key: Array, like: PyTree, index: Int[Array, " batch"] | None = None) -> PyTree:
+    """Standard normal noise shaped like `like`, a pytree of arrays (or ShapeDtypeStructs), batch axis first.
+
+    `index` (batch,) holds each sample's global index; the default is its place, 0, 1, ..., in this batch.
+    Leaf j of the tree uses `fold_in(key, j)`, so that the leaves are independent of one another.
+    """
+    leaves, structure = jax.tree.flatten(like)
+    return structure.unflatten([_rows(jax.random.fold_in(key, j), leaf, index) for j, leaf in enumerate(leaves)])
+
+
+def _rows(key: Array, leaf, index) -> Array:
+    index = jnp.arange(leaf.shape[0], dtype=jnp.uint32) if index is None else index.astype(jnp.uint32)
+    draw = lambda i: jax.random.normal(jax.random.fold_in(key, i), leaf.shape[1:], leaf.dtype)
+    return jax.vmap(draw)(index)

@@ -1,0 +1,155 @@
+"""A solver is data: the tableau of a general linear method over R registers of the sample's shape.
+
+    f, carry = denoiser.apply(S[0], t[k], carry)        one network evaluation, as an x0 prediction
+    S        = A[k] S + B[k] f + C[k] z                 z: fresh standard noise, up to Z of them
+
+Register 0 is always the next evaluation point, and after the last row the sample. A tableau is a pytree of arrays
+and an argument of the compiled program: another grid of the same length, or another solver of the same shape
+(K, R, Z), compiles nothing. Nobody types these matrices: `jdiff.trace` makes them from formulas, and `explain()`
+prints formulas back.
+"""
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import jax
+import numpy as np
+
+from jdiff.process import Process
+
+HUGE = 1e5  # in x0 output the published solvers stay below alpha / sigma at the smallest noise level
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a tableau is, for people and for checks; stays on the host and never enters a compiled program.
+
+    `names[k][r]` says what register r holds before row k (x: the state, D3: the output of evaluation 3,
+    u: any other value). `outputs` is the number O of arrays that the denoiser returns (1 unless said).
+    """
+
+    name: str
+    order: int
+    process: Process
+    labels: tuple[str, ...]
+    names: tuple[tuple[str, ...], ...]
+    references: tuple[str, ...] = ()
+    prediction: str = "x0"
+    outputs: int = 1
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Tableau:
+    """Coefficients, float64 on the host. `*d` (usually absent) broadcasts against one sample, without its batch axis.
+
+    t  (K, *d)          model time of each evaluation        A  (K, R, R, *d)   registers to registers
+    B  (K, R, O, *d)    outputs to registers                 C  (K, R, Z, *d)   noises to registers
+    h0 (R, *d)          initial sample to registers          c0 (R, Z, *d)      noises drawn before evaluation 0
+    """
+
+    t: Any
+    A: Any
+    B: Any
+    C: Any
+    h0: Any
+    c0: Any
+    record: Record = field(metadata={"static": True})
+
+    @property
+    def nfe(self) -> int:
+        """Number of network evaluations K."""
+        return self.A.shape[0]
+
+    @property
+    def registers(self) -> int:
+        return self.A.shape[1]
+
+    @property
+    def noises(self) -> int:
+        """Most fresh noises Z that one row uses; 0 for a deterministic solver."""
+        return self.C.shape[2]
+
+    @property
+    def stochastic(self) -> bool:
+        return self.noises > 0
+
+    def replace(self, **changes: Any) -> "Tableau":
+        return replace(self, **changes)
+
+    def validate(self) -> "Tableau":
+        """Check shapes and entries on the host; returns the tableau. ValueError names the first bad entry."""
+        K, R, Z, O = self.nfe, self.registers, self.noises, self.record.outputs
+        expected = {"A": (K, R, R), "B": (K, R, O), "C": (K, R, Z), "h0": (R,), "c0": (R, Z), "t": (K,)}
+        for name, lead in expected.items():
+            value = np.asarray(getattr(self, name))
+            if value.shape[: len(lead)] != lead:
+                raise ValueError(f"{self.record.name}: {name} has shape {value.shape}, expected {lead} (+ sample axes)")
+            bad = ~np.isfinite(value) if name == "t" else ~(np.abs(value) <= HUGE)  # NaN fails <= too
+            if bad.any():
+                where = tuple(int(i) for i in np.argwhere(bad)[0])
+                raise ValueError(
+                    f"{self.record.name}: {name}{list(where)} = {value[where]:.3g}; entries must be finite and at most "
+                    f"{HUGE:g} in size. A grid that comes too near sigma = 0 without reaching it does this"
+                )
+        return self
+
+    def unrolled(self) -> np.ndarray:
+        """Every evaluation point, then the sample, over [x, D_0 .. D_{K-1}, z_0 ..]: (K + 1, 1 + K O + (K + 1) Z).
+
+        Noise columns: Z drawn before evaluation 0, then Z in every row. Scalar coefficients only (no `*d`).
+        """
+        K, R, Z, O = self.nfe, self.registers, self.noises, self.record.outputs
+        S = np.zeros((R, 1 + K * O + (K + 1) * Z))
+        first_noise = 1 + K * O
+        S[:, 0] = self.h0
+        S[:, first_noise : first_noise + Z] = self.c0
+        points = [S[0]]
+        for k in range(K):
+            S = np.asarray(self.A[k]) @ S
+            S[:, 1 + k * O : 1 + (k + 1) * O] += self.B[k]
+            S[:, first_noise + (k + 1) * Z : first_noise + (k + 2) * Z] += self.C[k]
+            points.append(S[0])
+        return np.stack(points)
+
+    def explain(self, digits: int = 5) -> str:
+        """The rows as formulas, one line a register that changes."""
+        r = self.record
+        kind = f"stochastic, {self.noises} noise(s) a row" if self.stochastic else "deterministic"
+        lines = [
+            f"{r.name}: order {r.order}, {self.nfe} NFE, {self.registers} register(s), {kind}",
+            f"  on {r.process}",
+        ]
+        lines += [f"  {ref}" for ref in r.references]
+        start = [(name, [(self.h0[i], "x"), *_noise(self.c0[i])]) for i, name in enumerate(r.names[0])]
+        formulas = [f"{name} = {_terms(terms, digits)}" for name, terms in start if name]
+        lines.append(f"start           {', '.join(formulas)}")
+        for k in range(self.nfe):
+            label = f"  [{r.labels[k]}]" if r.labels[k] else ""
+            lines.append(f"{k:3d}  t = {_number(self.t[k], 6):<9} D{k} = denoise({r.names[k][0]}, t){label}")
+            for i, name in enumerate(r.names[k + 1]):
+                outputs = [f"D{k}"] if r.outputs == 1 else [f"D{k}.{o}" for o in range(r.outputs)]
+                terms = list(zip(self.A[k, i], r.names[k], strict=False)) + list(
+                    zip(self.B[k, i], outputs, strict=True)
+                )
+                formula = _terms(terms + _noise(self.C[k, i]), digits)
+                if name and formula != name:
+                    lines.append(f"                {name} = {formula}")
+        return "\n".join(lines)
+
+
+def _noise(row: Any) -> list[tuple[Any, str]]:
+    return [(c, f"z{j}" if len(row) > 1 else "z") for j, c in enumerate(row)]
+
+
+def _number(value: Any, digits: int) -> str:
+    value = np.asarray(value)
+    return (
+        f"{float(value):.{digits}g}" if value.ndim == 0 else f"[{value.min():.{digits}g} .. {value.max():.{digits}g}]"
+    )
+
+
+def _terms(terms: list[tuple[Any, str]], digits: int) -> str:
+    kept = [(c, n) for c, n in terms if np.any(np.asarray(c) != 0)]
+    text = " + ".join(n if np.all(np.asarray(c) == 1) else f"{_number(c, digits)} {n}" for c, n in kept)
+    return text.replace("+ -", "- ") or "0"

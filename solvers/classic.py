@@ -1,0 +1,142 @@
+"""First solvers of the field: Euler, Heun with EDM's churn, DDIM, DDPM.
+
+Notation, here and in the other files: step i goes from (a0, s0) = (alpha, sigma)(t_i) to (a1, s1) at t_{i+1};
+rho = sigma / alpha; D is the x0 prediction; h is the step in half log-SNR.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from jdiff.predict import convert
+from jdiff.trace import Grid, Linear, Solver
+
+
+def _slope(g: Grid, variable: str, x: Any, t: Any, D: Any) -> Any:
+    """eps (the slope of x / alpha in rho) or velocity (the slope of x in t)."""
+    return convert(g.process, x, t, D, "x0", "eps" if variable == "sigma" else "velocity")
+
+
+def _check_variable(name: str, variable: str) -> None:
+    if variable not in ("sigma", "t"):
+        raise ValueError(f"{name}: variable is {variable!r}; expected 'sigma' (x/alpha over sigma/alpha) or 't'")
+
+
+def euler(variable: str = "sigma") -> Solver:
+    """Euler's method on the probability-flow ODE, in sigma/alpha (then it is DDIM) or in the process's own time.
+
+    variable: "sigma" integrates x/alpha over rho = sigma/alpha (k-diffusion's sample_euler); "t" integrates
+    dx/dt = velocity. On `edm` and `flow` the two agree; on VP processes "t" is the plain Euler of Song et al. 2021.
+    """
+    _check_variable("euler", variable)
+
+    def sampler(g: Grid, x: Linear, model: Any, noise: Any) -> Linear:
+        for i in range(g.n):
+            D = model(x, g.t[i])
+            if variable == "sigma":
+                x = (g.s[i + 1] / g.s[i]) * x + (g.a[i + 1] - g.a[i] * g.s[i + 1] / g.s[i]) * D
+            else:
+                x = x + (g.t[i + 1] - g.t[i]) * _slope(g, "t", x, g.t[i], D)
+        return x
+
+    return Solver("euler", sampler, 1, ("Karras et al. 2022 (EDM), eq. 4; Song et al. 2021, eq. 13",))
+
+
+def heun(
+    churn: float = 0.0,
+    s_min: float = 0.0,
+    s_max: float = float("inf"),
+    s_noise: float = 1.0,
+    variable: str = "sigma",
+) -> Solver:
+    """Heun's method with EDM's churn (Karras et al. 2022, algorithm 2): 2 evaluations a step, 1 into sigma = 0.
+
+    churn (S_churn), s_min, s_max, s_noise: the noise level rho = sigma/alpha is raised by the factor
+    1 + min(churn/n, sqrt(2) - 1) before a step where s_min <= rho <= s_max. churn = 0 is deterministic.
+    variable: as in `euler`. On `edm` both are the paper's algorithm; diffusers' FlowMatchHeun is "t" on `flow`.
+    Out of alpha = 0, where rho is infinite, the first step integrates x/sigma over alpha/sigma instead.
+    """
+    _check_variable("heun", variable)
+    if churn < 0 or s_noise < 0:
+        raise ValueError(f"heun: churn and s_noise must not be negative, got {churn=}, {s_noise=}")
+
+    def sampler(g: Grid, x: Linear, model: Any, noise: Any) -> Linear:
+        p = g.process
+        for i in range(g.n):
+            t0, a0, s0, t1, a1, s1 = g.t[i], g.a[i], g.s[i], g.t[i + 1], g.a[i + 1], g.s[i + 1]
+            gamma = min(churn / g.n, np.sqrt(2.0) - 1.0) if s_min <= g.rho(i) <= s_max else 0.0
+            if gamma > 0 and a0 > 0:
+                rho, lifted = g.rho(i), (1.0 + gamma) * g.rho(i)
+                t0 = p.t_of_lam(-np.log(lifted))
+                a_old, a0, s0 = a0, p.alpha(t0), p.sigma(t0)
+                x = (a0 / a_old) * x + a0 * np.sqrt(lifted**2 - rho**2) * s_noise * noise()
+            D = model(x, t0)
+            if a0 == 0 and variable == "sigma":
+                slope = lambda x, t, D: D
+                kept, step = (s1 / s0) * x, a1
+            elif variable == "sigma":
+                slope = lambda x, t, D: _slope(g, "sigma", x, t, D)
+                kept, step = (a1 / a0) * x, s1 - a1 * s0 / a0
+            else:
+                slope = lambda x, t, D: _slope(g, "t", x, t, D)
+                kept, step = x, t1 - t0
+            d = slope(x, t0, D)
+            y = kept + step * d
+            if s1 > 0:
+                half = kept + 0.5 * step * d  # one value, and so one register, crosses the second evaluation
+                D1 = model(y, t1, label="Heun corrector")
+                y = half + 0.5 * step * slope(y, t1, D1)
+            x = y
+        return x
+
+    return Solver(
+        "heun",
+        sampler,
+        2,
+        ("Karras et al. 2022 (EDM), algorithm 2",),
+        cost=lambda n: 2 * n - 1,
+        stochastic=churn > 0,
+    )
+
+
+def ddim(eta: float = 0.0) -> Solver:
+    """DDIM (Song et al. 2021, eq. 12): x1 = a1 D + sqrt(s1^2 - c^2) eps + c z, c = eta s1 sqrt(1 - e^(-2h)).
+
+    eta = 0 is deterministic and equals Euler in sigma/alpha; eta = 1 is `ddpm`. No noise is added into sigma = 0.
+    """
+    if not 0 <= eta <= 1:
+        raise ValueError(f"ddim: expected 0 <= eta <= 1, got {eta}")
+
+    def sampler(g: Grid, x: Linear, model: Any, noise: Any) -> Linear:
+        for i in range(g.n):
+            a0, s0, a1, s1 = g.a[i], g.s[i], g.a[i + 1], g.s[i + 1]
+            D = model(x, g.t[i])
+            c = eta * s1 * np.sqrt(-np.expm1(-2.0 * g.h(i)))
+            direction = np.sqrt(s1**2 - c**2) / s0
+            x = direction * x + (a1 - a0 * direction) * D
+            if c > 0:
+                x = x + c * noise()
+        return x
+
+    return Solver("ddim", sampler, 1, ("Song, Meng and Ermon 2021 (DDIM), eq. 12 and 16",), stochastic=eta > 0)
+
+
+def ddpm(variance: str = "posterior") -> Solver:
+    """Ancestral sampling (Ho et al. 2020, eq. 6 and 7), for any two times of any process.
+
+    The mean is that of q(x1 | x0 = D, x). variance: "posterior" is the paper's beta-tilde ("fixed small"; then it is
+    ddim(eta=1)), "beta" its beta ("fixed large"). No noise is added into sigma = 0.
+    """
+    if variance not in ("posterior", "beta"):
+        raise ValueError(f"ddpm: variance is {variance!r}; expected 'posterior' (beta-tilde) or 'beta'")
+
+    def sampler(g: Grid, x: Linear, model: Any, noise: Any) -> Linear:
+        for i in range(g.n):
+            s0, a1, s1, h = g.s[i], g.a[i + 1], g.s[i + 1], g.h(i)
+            D = model(x, g.t[i])
+            x = (s1 / s0) * np.exp(-h) * x - a1 * np.expm1(-2.0 * h) * D
+            if s1 > 0:
+                x = x + (s1 if variance == "posterior" else s0) * np.sqrt(-np.expm1(-2.0 * h)) * noise()
+        return x
+
+    return Solver("ddpm", sampler, 1, ("Ho, Jain and Abbeel 2020 (DDPM), eq. 6 and 7",), stochastic=True)

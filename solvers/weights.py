@@ -1,0 +1,46 @@
+"""Integrals that the solvers' weights are made of; float64, on the host."""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+
+def moments(h: float, n: int) -> np.ndarray:
+    """m_k(h) = int_0^h e^(u - h) (u/h)^k / k! du for k < n, (n,); also at h = inf, where m_k = 1/k!.
+
+    The phi functions of exponential integrators, m_k = h phi_{k+1}(-h); a series below h = 1, where the recursion
+    m_k = 1/k! - m_{k-1}/h would cancel. m_0 = 1 - e^(-h).
+    """
+    if h < 1.0:
+        terms = (-h) ** np.arange(24)
+        return np.array([h * sum(terms[j] / math.factorial(j + k + 1) for j in range(23, -1, -1)) for k in range(n)])
+    m = [-np.expm1(-h)]
+    for k in range(1, n):
+        m.append(1.0 / math.factorial(k) - m[-1] / h)
+    return np.array(m)
+
+
+def lagrange(nodes: np.ndarray, u: np.ndarray) -> np.ndarray:
+    """Lagrange basis polynomials of `nodes` (r,) at points u (m,): (r, m)."""
+    basis = np.ones((len(nodes), len(u)))
+    for j, a in enumerate(nodes):
+        for k, b in enumerate(nodes):
+            if k != j:
+                basis[j] *= (u - b) / (a - b)
+    return basis
+
+
+def quadrature(f: Callable[[np.ndarray], np.ndarray], a: float, b: float, panels: int = 16) -> np.ndarray:
+    """int_a^b f by composite Gauss-Legendre, 16 points a panel; f maps (m,) to (..., m)."""
+    x, w = np.polynomial.legendre.leggauss(16)
+    edges = np.linspace(a, b, panels + 1)
+    half = 0.5 * np.diff(edges)
+    points = (edges[:-1] + half)[:, None] + half[:, None] * x
+    return f(points.ravel()) @ (half[:, None] * w).ravel()
+
+
+def laguerre(f: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """int_0^inf e^(-u) f(u) du by Gauss-Laguerre, exact for polynomials f of degree < 64."""
+    x, w = np.polynomial.laguerre.laggauss(32)
+    return f(x) @ w

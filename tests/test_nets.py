@@ -1,0 +1,439 @@
+"""nets: published parameter counts, float64 NumPy forwards written from the papers, and the rules that a net keeps."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from scipy.signal import correlate2d
+from scipy.special import softmax
+
+from jdiff import nets
+from jdiff.nets import dit, layers, unet
+
+TINY = {
+    "DiT": {"patch": 2, "width": 32, "depth": 3, "heads": 4},
+    "UNet": {"width": 16, "multipliers": (1, 2), "blocks": 1, "attention_at": (4,), "head_width": 8},
+}
+
+
+def abstract(name, size, channels, **options):
+    return nnx.eval_shape(lambda: nets.build(name, size, channels, rngs=nnx.Rngs(0), **options))
+
+
+def count(module):
+    return sum(leaf.size for leaf in jax.tree.leaves(module))
+
+
+def randomised(module, scale=0.2, seed=1):
+    """The module with every parameter drawn anew: what a zero initialisation hides comes to light."""
+    leaves, tree = jax.tree.flatten(module)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    return tree.unflatten([scale * jax.random.normal(k, p.shape, p.dtype) for k, p in zip(keys, leaves, strict=True)])
+
+
+def make(name, seed=1, **options):
+    return randomised(
+        nets.build(name, 8, 3, **{"num_classes": 5, **TINY[name], **options}, rngs=nnx.Rngs(0)), seed=seed
+    )
+
+
+def images(batch=2, size=8, channels=3, dtype=jnp.float32):
+    return jax.random.normal(jax.random.key(7), (batch, size, size, channels), dtype)
+
+
+T = jnp.asarray([0.1, 0.7], jnp.float32)
+Y = jnp.asarray([3, 0], jnp.int32)
+
+
+# --- against what is published
+# The released DiT-XL/2 prints 675,129,632 parameters: with its fixed positions (256 x 1152), which are not trained, and
+# the 16 outputs a token that predict a variance, which this net does not have.
+@pytest.mark.parametrize(("name", "millions"), [("DiT-S/2", 33), ("DiT-B/2", 130), ("DiT-L/2", 458), ("DiT-XL/2", 675)])
+def test_dit_sizes_are_the_published_ones(name, millions):
+    net = abstract(name, 32, 4, num_classes=1000)
+    assert round(count(net) / 1e6) == millions
+    if name == "DiT-XL/2":
+        assert count(net) == 675_129_632 - 256 * 1152 - 16 * (1152 + 1)
+
+
+def test_unet_sizes():
+    adm = count(abstract("UNet-ADM-64", 64, 3, num_classes=1000, null_class=False))
+    assert round(adm / 1e5) == 2959  # 2105.05233 says 296M; 2206.00364 counts the same net at 295.9M
+    # Ours: DDPM's widths (35.7M) with ADM's resampling in residual blocks and its scale beside the shift.
+    assert round(count(abstract("UNet-CIFAR", 32, 3)) / 1e5) == 429
+
+
+# --- against independent NumPy in float64
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def numpy_dit_block(p, x, c, heads):
+    """2212.09748, section 3.2, adaLN-Zero, head by head; p: name -> float64 array."""
+
+    def linear(name, v):
+        return v @ p[f"{name}.kernel"] + p[f"{name}.bias"]
+
+    def ln(v):
+        return (v - v.mean(-1, keepdims=True)) / np.sqrt(v.var(-1, keepdims=True) + 1e-6)
+
+    d = x.shape[-1]
+    m = linear("modulation", c * sigmoid(c))
+    s1, k1, g1, s2, k2, g2 = (m[..., i * d : (i + 1) * d] for i in range(6))
+    qkv = linear("attention.qkv", ln(x) * (1 + k1) + s1)
+    out = np.zeros_like(x)
+    logits = []
+    for h in range(heads):
+        q, k, v = (qkv[..., i * d + h * (d // heads) : i * d + (h + 1) * (d // heads)] for i in range(3))
+        logits.append(q @ np.swapaxes(k, 1, 2) / np.sqrt(d // heads))
+        out[..., h * (d // heads) : (h + 1) * (d // heads)] = softmax(logits[-1], axis=-1) @ v
+    x = x + g1 * linear("attention.out", out)
+    u = linear("mlp_in", ln(x) * (1 + k2) + s2)
+    gelu = 0.5 * u * (1 + np.tanh(np.sqrt(2 / np.pi) * (u + 0.044715 * u**3)))
+    return x + g2 * linear("mlp_out", gelu), np.std(logits)
+
+
+def float64_parameters(module):
+    flat = nnx.to_flat_state(nnx.state(module))
+    return {".".join(map(str, path)): np.asarray(v[...], np.float64) for path, v in flat}
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(jnp.float32, 3e-6), (jnp.float64, 1e-13)])
+@pytest.mark.parametrize("tokens", [1, 6])
+def test_dit_block_matches_numpy(dtype, limit, tokens):
+    block = randomised(
+        dit.Block(16, 4, 4.0, dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)), 0.5
+    )
+    x = jax.random.normal(jax.random.key(2), (3, 6, 16), dtype)
+    c = jax.random.normal(jax.random.key(3), (3, tokens, 16), dtype)
+    with jax.numpy_dtype_promotion("standard"):
+        want, spread = numpy_dit_block(float64_parameters(block), np.float64(x), np.float64(c), 4)
+    assert spread > 3  # attention is far from uniform, so q and k matter
+    got = np.asarray(block(x, c), np.float64)
+    assert np.abs(got - want).max() < limit * np.abs(want).max()
+
+
+def test_dit_matches_numpy():
+    """Patches, positions, time and label embedding, the order of the blocks and the last layer, written out."""
+    net = make("DiT")
+    x = images()
+    p = float64_parameters(net)
+    patch, side, width = 2, 4, 32
+    c = []
+    for t, y in zip(np.float64(T), np.asarray(Y), strict=True):
+        f = 1000 * t * np.exp(-np.log(10000) * np.arange(128) / 128)
+        u = np.concatenate([np.cos(f), np.sin(f)]) @ p["conditioning.time_in.kernel"] + p["conditioning.time_in.bias"]
+        u = u * sigmoid(u) @ p["conditioning.time_out.kernel"] + p["conditioning.time_out.bias"]
+        c.append(u + p["conditioning.labels"][y])
+    c = np.stack(c)[:, None]
+    h = np.zeros((2, side * side, width))
+    for i in range(side):
+        for j in range(side):
+            pixels = np.float64(x)[:, patch * i : patch * (i + 1), patch * j : patch * (j + 1)].reshape(2, -1)
+            w = 1 / 10000 ** (np.arange(width // 4) / (width / 4))
+            position = np.concatenate([np.sin(j * w), np.cos(j * w), np.sin(i * w), np.cos(i * w)])
+            h[:, i * side + j] = pixels @ p["patches.kernel"] + p["patches.bias"] + position
+    for k in range(3):
+        block = {n.removeprefix("blocks."): v[k] for n, v in p.items() if n.startswith("blocks.")}
+        h, _ = numpy_dit_block(block, h, c, 4)
+    shift, scale = np.split(c * sigmoid(c) @ p["modulation.kernel"] + p["modulation.bias"], 2, axis=-1)
+    h = (h - h.mean(-1, keepdims=True)) / np.sqrt(h.var(-1, keepdims=True) + 1e-6) * (1 + scale) + shift
+    h = h @ p["out.kernel"] + p["out.bias"]
+    want = np.zeros((2, 8, 8, 3))
+    for i in range(side):
+        for j in range(side):
+            token = h[:, i * side + j].reshape(2, patch, patch, 3)
+            want[:, patch * i : patch * (i + 1), patch * j : patch * (j + 1)] = token
+    assert np.abs(np.asarray(net(x, T, Y)) - want).max() < 1e-4 * np.abs(want).max()  # angles to 700 in float32
+
+
+@pytest.mark.parametrize("to", ["same", "down", "up"])
+def test_unet_block_matches_numpy(to):
+    f64 = jnp.dtype(jnp.float64)
+    block = randomised(
+        unet.Block(12, 20, 6, level=0, to=to, heads=2, dtype=f64, param_dtype=f64, rngs=nnx.Rngs(0)), 0.5
+    )
+    x = jax.random.normal(jax.random.key(2), (2, 6, 6, 12), f64)
+    c = jax.random.normal(jax.random.key(3), (2, 1, 1, 6), f64)
+    p = float64_parameters(block)
+
+    def gn(name, v, groups):
+        g = v.reshape(2, -1, groups, v.shape[-1] // groups)
+        g = (g - g.mean((1, 3), keepdims=True)) / np.sqrt(g.var((1, 3), keepdims=True) + 1e-5)
+        return g.reshape(v.shape) * p[f"{name}.scale"] + p[f"{name}.bias"]
+
+    def conv(name, v):
+        kernel = p[f"{name}.kernel"]
+        out = np.zeros((*v.shape[:3], kernel.shape[-1])) + p[f"{name}.bias"]
+        for b, i, o in np.ndindex(2, *kernel.shape[2:]):
+            out[b, :, :, o] += correlate2d(v[b, :, :, i], kernel[:, :, i, o], mode="same")
+        return out
+
+    def resample(v):
+        if to == "down":
+            return (v[:, ::2, ::2] + v[:, 1::2, ::2] + v[:, ::2, 1::2] + v[:, 1::2, 1::2]) / 4
+        return v.repeat(2, axis=1).repeat(2, axis=2) if to == "up" else v
+
+    x64, c64 = np.asarray(x), np.asarray(c)
+    h = gn("norm_in", x64, 3)
+    h = conv("conv_in", resample(h * sigmoid(h)))
+    scale, shift = np.split(c64 * sigmoid(c64) @ p["modulation.kernel"] + p["modulation.bias"], 2, axis=-1)
+    h = gn("norm_out", h, 5) * (1 + scale) + shift
+    h = resample(x64) @ p["skip.kernel"] + p["skip.bias"] + conv("conv_out", h * sigmoid(h))
+    tokens = gn("norm_attention", h, 5).reshape(2, -1, 20)
+    q, k, v = np.split(tokens @ p["attention.qkv.kernel"] + p["attention.qkv.bias"], 3, axis=-1)
+    heads = [
+        softmax(q[..., s] @ np.swapaxes(k[..., s], 1, 2) / np.sqrt(10), axis=-1) @ v[..., s]
+        for s in (slice(0, 10), slice(10, 20))
+    ]
+    out = np.concatenate(heads, -1) @ p["attention.out.kernel"] + p["attention.out.bias"]
+    want = h + out.reshape(h.shape)
+    assert np.abs(np.asarray(block(x, c)) - want).max() < 1e-12 * np.abs(want).max()
+
+
+# --- initial values
+@pytest.mark.parametrize("name", TINY)
+def test_output_is_zero_at_init(name):
+    net = nets.build(name, 8, 3, num_classes=5, **TINY[name], rngs=nnx.Rngs(0))
+    assert not np.any(net(images(), T, Y))
+
+
+def test_blocks_are_the_identity_at_init():
+    net = nets.build("DiT", 8, 3, **TINY["DiT"], rngs=nnx.Rngs(0))
+    h, c = net.embed(images(), T)
+    for i in range(net.depth):
+        np.testing.assert_array_equal(jax.tree.map(lambda p, i=i: p[i], net.blocks)(h, c), h)
+    kernels = net.blocks.mlp_in.kernel[...]
+    assert not np.allclose(kernels[0], kernels[1])  # each block was drawn for itself
+
+
+# --- scan and remat
+def test_scan_equals_a_loop_and_traces_once():
+    net = make("DiT")
+    graphdef, params = nnx.split(net)
+    traces = []
+
+    @jax.jit
+    def scanned(params, x, t, y):
+        traces.append(None)
+        return nnx.merge(graphdef, params)(x, t, y)
+
+    h, c = net.embed(images(), T, Y)
+    for i in range(net.depth):
+        h = jax.tree.map(lambda p, i=i: p[i], net.blocks)(h, c)
+    np.testing.assert_allclose(scanned(params, images(), T, Y), net.project(h, c), rtol=1e-4, atol=1e-4)
+    scanned(jax.tree.map(lambda p: 2 * p, params), images() + 1, T / 2, Y + 1)
+    assert len(traces) == 1
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_remat_changes_nothing(name):
+    def value_and_grads(remat):
+        net = make(name, remat=remat)
+        return jax.jit(jax.value_and_grad(lambda net: jnp.square(net(images(), T, Y)).mean()))(net)
+
+    value, grads = value_and_grads("none")
+    assert min(float(jnp.abs(g).max()) for g in jax.tree.leaves(grads)) > 0  # every parameter is used
+    for remat in ("full", "dots"):
+        other, other_grads = value_and_grads(remat)
+        np.testing.assert_allclose(other, value, rtol=1e-5)
+        for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(other_grads), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5 * float(jnp.abs(a).max()))
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_remat_keeps_less(name):
+    def kept(remat):
+        net = abstract(name, 8, 3, remat=remat, **TINY[name])
+        saved = jax.eval_shape(lambda net, x, t: jax.vjp(net, x, t)[1], net, images(), T)
+        return sum(leaf.size for leaf in jax.tree.leaves(saved))
+
+    none, dots, full = kept("none"), kept("dots"), kept("full")
+    assert full < none
+    assert full < dots < none if name == "DiT" else full <= dots < none
+
+
+# --- time
+@pytest.mark.parametrize("name", TINY)
+def test_times_of_every_shape_agree(name):
+    net = jax.jit(make(name))
+    want = net(images(), jnp.full(2, 0.3, jnp.float32))
+    for shape in [(), (1,), (1, 1, 1, 1), (2, 1, 1, 1), (2, 8, 8, 1), (8, 1, 1), (2, 8, 8, 3)]:
+        np.testing.assert_allclose(net(images(), jnp.full(shape, 0.3, jnp.float32)), want, rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(net(images(), 0.3), net(images(), jnp.float32(0.3)))
+    each = net(images(), T)
+    np.testing.assert_array_equal(each, net(images(), T.reshape(2, 1, 1, 1)))
+    assert not np.allclose(each[0], net(images(), T[1])[0])
+
+
+def test_a_time_a_pixel_reaches_its_token_only():
+    net = make("DiT", attention=lambda q, k, v: v)
+    t = jnp.full((2, 8, 8, 1), 0.3, jnp.float32)
+    before, after = net(images(), t, Y), net(images(), t.at[0, 2:4, 4, 0].set(0.9), Y)
+    changed = np.any(np.asarray(before != after), axis=-1)
+    want = np.zeros((2, 8, 8), bool)
+    want[0, 2:4, 4:6] = True  # the patch that holds the two pixels
+    np.testing.assert_array_equal(changed, want)
+    # It is the patch's mean that counts.
+    mean = t.at[0, 2:4, 4:6, 0].set(0.6)
+    np.testing.assert_allclose(net(images(), mean, Y), after, rtol=1e-3, atol=1e-3)
+
+
+def test_a_time_a_pixel_reaches_every_resolution_of_the_unet():
+    net = make("UNet")
+    t = jnp.full((2, 8, 8, 1), 0.3, jnp.float32)
+    changed = np.asarray(net(images(), t) != net(images(), t.at[0, 0, 0, 0].set(0.9)))
+    assert changed[0].any() and not changed[1].any()
+    pooled = layers.pool_time(jnp.arange(64.0).reshape(1, 8, 8, 1), (2, 8, 8, 3), 4)
+    np.testing.assert_array_equal(pooled[0], [[13.5, 17.5], [45.5, 49.5]])
+
+
+@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("param_dtype", [jnp.float32, jnp.bfloat16])
+def test_bfloat16_nets_tell_neighbouring_times_apart(name, param_dtype):
+    a, b = jnp.float32(988.49 / 1000), jnp.float32(987.17 / 1000)
+    assert jnp.bfloat16(988.49) == jnp.bfloat16(987.17)
+    net = make(name, dtype=jnp.bfloat16, param_dtype=param_dtype)
+    c = [net.conditioning(layers.pool_time(t, (1, 8, 8, 3), 1), jnp.zeros(1, jnp.int32)) for t in (a, b)]
+    assert c[0].dtype == jnp.float32
+    if param_dtype == jnp.float32:
+        exact = make(name).conditioning(layers.pool_time(a, (1, 8, 8, 3), 1), jnp.zeros(1, jnp.int32))
+        np.testing.assert_array_equal(c[0], exact)  # the conditioning does not know of dtype at all
+    assert float(jnp.abs(c[0] - c[1]).max()) > 0.05
+    assert not np.array_equal(net(images(), a), net(images(), b))
+
+
+# --- dtypes, pytrees, batches
+@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("param_dtype", [jnp.float32, jnp.bfloat16])
+def test_dtypes(name, dtype, param_dtype):
+    net = abstract(name, 8, 3, dtype=dtype, param_dtype=param_dtype, num_classes=5, **TINY[name])
+    assert {leaf.dtype for leaf in jax.tree.leaves(net)} == {jnp.dtype(param_dtype)}
+    for given, got in [("float32", "float32"), ("float64", "float64"), ("bfloat16", "float32")]:
+        out = jax.eval_shape(net, jax.ShapeDtypeStruct((2, 8, 8, 3), given), T.astype(jnp.float64), Y)
+        assert (out.shape, out.dtype) == ((2, 8, 8, 3), got)
+    x = jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32)
+    grad = lambda net, x: jax.grad(lambda net: net(x, T, Y).sum())(net)  # noqa: E731
+    text = jax.jit(grad).lower(net, x).as_text()
+    assert "f64" not in text  # no silent double precision, though x64 is on
+    dots = [s for s in text.splitlines() if "dot_general" in s or "stablehlo.convolution" in s]
+    assert (dtype == jnp.bfloat16) == any("bf16" in s for s in dots)
+
+
+def test_bfloat16_is_near_float32():
+    for name in TINY:
+        a, b = make(name)(images(), T, Y), make(name, dtype=jnp.bfloat16)(images(), T, Y)
+        assert float(jnp.linalg.norm(a - b) / jnp.linalg.norm(a)) < 0.1
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_net_is_one_state_of_parameters(name):
+    net = make(name)
+    graphdef, params = nnx.split(net)
+    variables = jax.tree.leaves(params, is_leaf=lambda v: isinstance(v, nnx.Variable))
+    assert variables and {type(v) for v in variables} == {nnx.Param}
+    hash(graphdef)
+    hash(jax.tree.structure(net))
+    np.testing.assert_array_equal(nnx.merge(graphdef, params)(images(), T, Y), net(images(), T, Y))
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_sample_does_not_know_its_batch(name):
+    net, x = jax.jit(make(name)), images(4)
+    t, y = jnp.linspace(0.1, 0.9, 4, dtype=jnp.float32), jnp.arange(4)
+    whole = net(x, t, y)
+    np.testing.assert_allclose(net(x[::-1], t[::-1], y[::-1])[::-1], whole, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(net(x[2:3], t[2:3], y[2:3])[0], whole[2], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("size", "channels", "options"),
+    [
+        (9, 1, {"width": 10, "multipliers": (3,), "blocks": 2, "attention_at": (9,), "head_width": None}),
+        (12, 2, {"width": 8, "multipliers": (1, 1, 3), "blocks": 1, "attention_at": [3, 12], "head_width": 4}),
+        (4, 5, {"width": 6, "multipliers": [2, 1, 2], "blocks": 3}),
+    ],
+)
+def test_unet_of_odd_sizes(size, channels, options):
+    options = {"head_width": 6, **options}
+    net = abstract("UNet", size, channels, **options)
+    x = jax.ShapeDtypeStruct((3, size, size, channels), jnp.float32)
+    for t in [T[0], jax.ShapeDtypeStruct((3, size, size, 1), jnp.float32)]:
+        assert jax.eval_shape(net, x, t).shape == x.shape
+
+
+# --- labels, configuration, errors
+def test_labels():
+    net = make("DiT")
+    assert net.null_label == 5
+    null = net(images(), T, jnp.full(2, 5))
+    np.testing.assert_array_equal(net(images(), T), null)
+    np.testing.assert_array_equal(net(images(), T, net.null_label), null)
+    assert not np.allclose(net(images(), T, Y), null)
+    assert np.isnan(net(images(), T, jnp.asarray([6, -1]))).all()  # no such class: not a neighbour's row
+    for without in ({"num_classes": 0}, {"null_class": False}):
+        with pytest.raises(ValueError, match="guidance needs a null class, and DiT has num_classes=.*null_class=True"):
+            _ = make("DiT", **without).null_label
+    with pytest.raises(ValueError, match="num_classes=0 and takes no labels"):
+        make("DiT", num_classes=0)(images(), T, Y)
+    with pytest.raises(ValueError, match="needs labels y"):
+        make("DiT", null_class=False)(images(), T)
+
+
+@pytest.mark.parametrize("name", ["DiT-Ti/2", "UNet-Ti"])
+def test_config_rebuilds_the_net(name):
+    net = abstract(name, 8, 1, num_classes=10, dtype=jnp.bfloat16, remat="full")
+    config = json.loads(json.dumps(net.config))
+    assert config == net.config and config["name"] == name and config["dtype"] == "bfloat16"
+    again = nnx.eval_shape(lambda: nets.build(**config, rngs=nnx.Rngs(0)))
+    assert jax.tree.structure(again) == jax.tree.structure(net)
+    direct = nets.DiT(8, 1, **TINY["DiT"], rngs=nnx.Rngs(0))
+    assert nets.build(**direct.config, rngs=nnx.Rngs(0)).config == direct.config
+
+
+def test_every_preset_has_one_line_and_builds():
+    for name, preset in nets.PRESETS.items():
+        assert "\n" not in preset.doc and len(preset.doc) < 100
+        if preset.options:
+            assert abstract(name, 64, 3).name == name
+
+
+def build(name="DiT", **options):
+    return lambda: abstract(name, 8, 3, **{**TINY[name], **options})
+
+
+def call(x=(2, 8, 8, 3), t=(), y=None):
+    net = abstract("DiT", 8, 3, num_classes=5, **TINY["DiT"])
+    return lambda: jax.eval_shape(net, jnp.zeros(x, jnp.float32), jnp.zeros(t, jnp.float32), y)
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (lambda: abstract("Dit-S2", 32, 4), "unknown net 'Dit-S2'; did you mean 'DiT-S/2'?"),
+        (build(patch=3), "patch 3 does not divide image_size 8"),
+        (build(heads=5), "width 32 must be divisible by heads 5"),
+        (build(width=6, heads=3), "width 6 .* by 4"),
+        (build(depth=0), "depth is 0; expected a positive"),
+        (build(num_classes=-1), "num_classes is -1"),
+        (build(remat="all"), "unknown remat 'all'; expected one of none, full, dots"),
+        (build("UNet", remat="all"), "unknown remat 'all'"),
+        (build("UNet", multipliers=(1,) * 5), "16 does not divide image_size 8"),
+        (build("UNet", attention_at=(16,)), r"attention_at \[16\] is no resolution of this net; it has \[8, 4\]"),
+        (build("UNet", head_width=12), "head_width 12 does not divide the 32 channels at size 4"),
+        (build("UNet", blocks=0), "blocks=0"),
+        (call(x=(2, 8, 8, 1)), r"channels=3, so it takes x of shape \(batch, 8, 8, 3\); it was given \(2, 8, 8, 1\)"),
+        (call(x=(2, 16, 16, 3)), r"image_size=8.*given \(2, 16, 16, 3\)"),
+        (call(t=(3,)), r"time of shape \(3,\) fits no sample of shape \(2, 8, 8, 3\)"),
+        (call(t=(2, 4, 4, 1)), r"time of shape \(2, 4, 4, 1\)"),
+        (call(y=jnp.zeros(3, jnp.int32)), r"labels y are int32 of shape \(3,\); expected integers of shape \(2,\)"),
+        (call(y=jnp.zeros(2, jnp.float32)), "labels y are float32"),
+    ],
+)
+def test_bad_input_is_named(bad, message):
+    with pytest.raises(ValueError, match=message):
+        bad()
