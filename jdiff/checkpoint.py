@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from jaxtyping import PyTree
 
 from jdiff import ema as ema_lib
+from jdiff.predict import wide
 
 
 class CheckpointError(RuntimeError):
@@ -28,11 +28,14 @@ class CheckpointError(RuntimeError):
 
 
 # -------------------------------------------------------------------------------------------------- write, read
-def manager(directory: str | os.PathLike, keep: int | None = None, read_only: bool = False) -> Any:
-    """Orbax's CheckpointManager for steps in `directory`; close it. keep: how many steps stay (None: all)."""
+def manager(directory: str | os.PathLike, keep: int | None = None) -> Any:
+    """Orbax's CheckpointManager to write steps in `directory` with; close it. keep: how many stay (None: all).
+
+    It removes what unfinished saves have left there.
+    """
     import orbax.checkpoint as ocp
 
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, read_only=read_only, create=not read_only)
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
     return ocp.CheckpointManager(Path(directory).absolute(), options=options)
 
 
@@ -53,8 +56,9 @@ def steps(directory: str | os.PathLike) -> list[int]:
     """The finished steps in `directory`, ascending; unfinished saves and missing folders count as nothing."""
     if not Path(directory).is_dir():
         return []
-    with manager(directory, read_only=True) as reader:
-        return sorted(reader.all_steps())
+    import orbax.checkpoint as ocp
+
+    return sorted(found.step for found in ocp.step.standard_name_format().find_all(Path(directory).absolute()))
 
 
 def latest_step(directory: str | os.PathLike) -> int | None:
@@ -72,8 +76,9 @@ def restore(directory: str | os.PathLike, step: int, like: Mapping[str, PyTree])
 
     trees = {name: ocp.args.StandardRestore(_abstract(tree)) for name, tree in like.items()}
     try:
-        with manager(directory, read_only=True) as reader:
-            found = reader.restore(step, args=ocp.args.Composite(**trees, meta=ocp.args.JsonRestore()))
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
+            folder = Path(directory).absolute() / str(step)
+            found = reader.restore(folder, args=ocp.args.Composite(**trees, meta=ocp.args.JsonRestore()))
             return {name: found[name] for name in (*like, "meta")}
     except Exception as error:  # Orbax and TensorStore raise whatever they like
         others = [s for s in steps(directory) if s != step]
@@ -159,8 +164,8 @@ def _average(path: Path, step: int, sigma_rel: float, meta: Mapping[str, Any], l
     tracked = meta["ema"]
     if not tracked:
         raise CheckpointError(f"{path} was trained without averages; ask for ema=None, the raw parameters")
-    wide = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, np.promote_types(x.dtype, np.float32)), like)
-    averages = {"ema": tuple(wide for _ in tracked)}
+    average = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, wide(x.dtype)), like)
+    averages = {"ema": tuple(average for _ in tracked)}
     if sigma_rel in tracked:
         found = restore(path / "checkpoints", step, averages)["ema"][tracked.index(sigma_rel)]
     else:
@@ -219,7 +224,7 @@ def _import_safetensors(path: Path, ema: float | None, step: int | None) -> tupl
     try:
         with safe_open(path, "flax") as file:
             meta = json.loads((file.metadata() or {}).get("jdiff", "null"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: it is damaged or not a safetensors file ({error})") from error
     if meta is None:

@@ -32,6 +32,12 @@ class Denoiser:
     process: Process = field(metadata={"static": True})
     prediction: str = field(metadata={"static": True})
 
+    def __post_init__(self) -> None:
+        for name in ("init", "apply"):  # plain functions become pytrees, so that a Denoiser is one
+            fn = getattr(self, name)
+            if callable(fn) and not isinstance(fn, Partial):
+                object.__setattr__(self, name, Partial(fn))
+
     def __call__(self, x: PyTree, t: Time, kind: str = "x0") -> PyTree:
         """The prediction at (x, t) as `kind`, with a fresh carry: one look at the model, outside any sampler."""
         t = model_time(t, x)
@@ -68,7 +74,7 @@ def denoiser(
         graph, state = nnx.split(fn)
         fn, params = _ModuleCall(graph), state
     bound = Partial(fn) if params is None else Partial(fn, params)
-    return Denoiser(Partial(_no_carry), Partial(_call, bound, cond), process, prediction)
+    return Denoiser(_no_carry, Partial(_call, bound, cond), process, prediction)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float64, Int, PyTree
 
+from jdiff.predict import wide
+
 SIGMA_RELS = (0.05, 0.10)
 _LARGEST = 1.0 / np.sqrt(12.0)  # sigma_rel of gamma = 0, the plain mean; beyond it the past outweighs the present
 
@@ -36,10 +38,10 @@ def gamma_of_sigma_rel(sigma_rel: float) -> float:
 
 def init(params: PyTree, sigma_rels: Sequence[float] = SIGMA_RELS) -> tuple[PyTree, ...]:
     """One copy of params a profile, at least float32. Its values do not matter: the first update replaces them."""
-    wide = lambda p: jnp.array(p, jnp.promote_types(p.dtype, jnp.float32), copy=True)
+    copy = lambda p: jnp.array(p, wide(p.dtype), copy=True)
     for s in sigma_rels:
         gamma_of_sigma_rel(s)
-    return tuple(jax.tree.map(wide, params) for _ in sigma_rels)
+    return tuple(jax.tree.map(copy, params) for _ in sigma_rels)
 
 
 def update(
@@ -61,7 +63,7 @@ def update(
 def profile_product(gamma_a: Any, t_a: Any, gamma_b: Any, t_b: Any) -> Float64[np.ndarray, "*shape"] | np.floating:
     """Inner product of two profiles, the integral of p_a p_b over time (closed form); arguments broadcast.
 
-    (gamma_a + 1)(gamma_b + 1) min^(gamma_a + gamma_b + 1) / ((gamma_a + gamma_b + 1) t_a^(gamma_a + 1) t_b^(gamma_b + 1))
+    (a + 1)(b + 1) min(t_a, t_b)^(a + b + 1) / ((a + b + 1) t_a^(a + 1) t_b^(b + 1)) for gammas a and b
     """
     gamma_a, t_a, gamma_b, t_b = (np.asarray(x, np.float64) for x in (gamma_a, t_a, gamma_b, t_b))
     m = np.minimum(t_a, t_b)

@@ -19,11 +19,11 @@ from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Num, PyTree, UInt32
+from jaxtyping import Array, Float, Int, PyTree
 
 from jdiff import noise
 from jdiff.denoiser import cast_like
-from jdiff.predict import check_kind
+from jdiff.predict import check_kind, wide
 from jdiff.process import Process
 
 Weighting = Literal["none", "edm", "min_snr", "flow"]
@@ -64,7 +64,7 @@ TIMES = {"uniform": uniform, "logit_normal": logit_normal, "log_normal": log_nor
 
 def uniforms(
     key: Array,
-    index: Int[Array, " batch"] | UInt32[Array, " batch"],
+    index: Int[Array, " batch"],
     stratified: bool = False,
     dtype: Any = None,
 ) -> Float[Array, " batch"]:
@@ -134,7 +134,7 @@ def _target(process: Process, prediction: str, t: Array, x0: PyTree, eps: PyTree
 
 
 def drop_labels(
-    key: Array, y: Int[Array, " batch"], probability: float, null_label: int, index: Num[Array, " batch"]
+    key: Array, y: Int[Array, " batch"], probability: float, null_label: int, index: Int[Array, " batch"]
 ) -> Int[Array, " batch"]:
     """Labels, each replaced by `null_label` with this probability: for classifier-free guidance (Ho and Salimans)."""
     return jnp.where(uniforms(key, index) < probability, jnp.asarray(null_label, y.dtype), y)
@@ -175,11 +175,11 @@ def denoising_loss(
         key: Array,
         x0: PyTree[Float[Array, "batch ..."]],
         y: Int[Array, " batch"] | None = None,
-        index: Num[Array, " batch"] | None = None,
+        index: Int[Array, " batch"] | None = None,
     ) -> Float[Array, " batch"]:
         leaves = jax.tree.leaves(x0)
-        n, dtype = leaves[0].shape[0], jnp.promote_types(leaves[0].dtype, jnp.float32)
-        index = jnp.arange(n, dtype=jnp.uint32) if index is None else index.astype(jnp.uint32)
+        n, dtype = leaves[0].shape[0], wide(leaves[0].dtype)
+        index = jnp.arange(n, dtype=jnp.int32) if index is None else index
         time_key, noise_key, label_key = (jax.random.fold_in(key, i) for i in range(3))
         times = sampler(uniforms(time_key, index, stratified, dtype))
         if len(ranks := {leaf.ndim for leaf in leaves}) > 1:

@@ -16,6 +16,7 @@ from jdiff.process import Process, Time
 
 if TYPE_CHECKING:
     import optax
+    from flax import nnx
 
 
 @dataclass(frozen=True)
@@ -77,20 +78,21 @@ def learning_rate(config: TrainConfig) -> Callable[[Any], Any]:
     )
 
 
+OPTIMIZERS = ("adamw", "adam", "lion", "sgd")
+
+
 def make_optimizer(config: TrainConfig) -> "optax.GradientTransformation":
     """Clipping, the update rule and the schedule that config names."""
     import optax
 
     schedule = learning_rate(config)
-    rate = lambda count: jnp.asarray(schedule(count), jnp.float32)
-    decay = {"weight_decay": config.weight_decay}
-    rule = {
-        "adamw": lambda: optax.adamw(rate, **decay),
-        "adam": lambda: optax.adam(rate),
-        "lion": lambda: optax.lion(rate, **decay),
-        "sgd": lambda: optax.sgd(rate, momentum=0.9),
-    }[config.optimizer]()
-    return optax.chain(optax.identity() if config.clip is None else optax.clip_by_global_norm(config.clip), rule)
+    options: dict[str, Any] = {"learning_rate": lambda count: jnp.asarray(schedule(count), jnp.float32)}
+    if config.optimizer in ("adamw", "lion"):
+        options["weight_decay"] = config.weight_decay
+    if config.optimizer == "sgd":
+        options["momentum"] = 0.9
+    rule = getattr(optax, config.optimizer)(**options)
+    return rule if config.clip is None else optax.chain(optax.clip_by_global_norm(config.clip), rule)
 
 
 @dataclass(frozen=True)
@@ -158,10 +160,8 @@ def make_loss(config: TrainConfig, call: NetCall, null_label: int | None) -> los
     )
 
 
-def build_net(config: TrainConfig, dataset: Any) -> Any:
+def build_net(config: TrainConfig, dataset: Any, rngs: "nnx.Rngs") -> "nnx.Module":
     """The net that config names, for the data set's images and classes; ValueError where they do not fit."""
-    from flax import nnx
-
     from jdiff import nets
 
     height, width, channels = dataset.shape
@@ -175,7 +175,7 @@ def build_net(config: TrainConfig, dataset: Any) -> Any:
                 f"net_options: {name} is {value!r}, but the data set {config.data} (and `labels`, `dtype`) ask for "
                 f"{fixed[name]!r}; leave it out, it follows from them"
             )
-    return nets.build(config.net, rngs=nnx.Rngs(config.seed), **{**config.net_options, **fixed})
+    return nets.build(config.net, rngs=rngs, **{**config.net_options, **fixed})
 
 
 def data_mesh(batch: int) -> jax.sharding.Mesh:
@@ -190,15 +190,26 @@ def data_mesh(batch: int) -> jax.sharding.Mesh:
 
 
 def check(config: TrainConfig) -> None:
-    for name in ("batch", "steps", "checkpoint_every", "keep", "log_every"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} is {getattr(config, name)}; expected at least 1")
+    """ValueError for a number outside its range or an unknown name; other functions here check what they use."""
+    for name in ("batch", "steps", "checkpoint_every", "keep", "log_every", "snapshot_every"):
+        if (value := getattr(config, name)) is not None and value < 1:
+            raise ValueError(f"{name} is {value}; expected at least 1")
+    for name, known in (("optimizer", OPTIMIZERS), ("schedule", ("constant", "cosine"))):
+        if getattr(config, name) not in known:
+            raise ValueError(f"unknown {name} {getattr(config, name)!r}; expected one of {', '.join(known)}")
+    if not config.learning_rate > 0 or not (config.clip is None or config.clip > 0) or config.weight_decay < 0:
+        raise ValueError(
+            f"expected learning_rate > 0, clip > 0 or None, and weight_decay >= 0; got {config.learning_rate=}, "
+            f"{config.clip=}, {config.weight_decay=}"
+        )
+    if not config.sigma_data > 0 or not config.gamma > 0:
+        raise ValueError(f"expected sigma_data > 0 and gamma > 0, got {config.sigma_data=}, {config.gamma=}")
     if not 0 <= config.seed < 2**32:
         raise ValueError(f"seed is {config.seed}; expected 0 <= seed < 2^32")
     if not 0 <= config.warmup < config.steps:
         raise ValueError(f"warmup is {config.warmup}; expected 0 <= warmup < steps = {config.steps}")
-    if config.snapshot_every is not None and config.snapshot_every < 1:
-        raise ValueError(f"snapshot_every is {config.snapshot_every}; expected at least 1, or None for steps / 16")
+    for sigma_rel in config.ema:
+        ema.gamma_of_sigma_rel(sigma_rel)
 
 
 def meta(config: TrainConfig, net: Any, dataset: Any) -> dict[str, Any]:

@@ -47,7 +47,10 @@ def uniform(process: Process, n: int, *, start: float | None = None, end: float 
 
 def quadratic(process: Process, n: int, *, start: float | None = None, end: float = 0.0) -> np.ndarray:
     """Evenly spaced in sqrt(t): small steps near data (DDIM, Song et al. 2021; DEIS's t^2 grid)."""
-    return np.linspace(np.sqrt(_check(process, n, start, end)), np.sqrt(end), int(n) + 1) ** 2
+    start = _check(process, n, start, end)
+    t = np.linspace(np.sqrt(start), np.sqrt(end), int(n) + 1) ** 2
+    t[0], t[-1] = start, end
+    return t
 
 
 def logsnr(process: Process, n: int, *, start: float | None = None, end: float = 0.0) -> np.ndarray:

@@ -11,6 +11,7 @@ product of two symbols, or a nonlinear function of one, is no tableau: write a S
 compiler does: a value that is used after the next network evaluation crosses it in a register.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,6 +22,11 @@ import numpy as np
 from jdiff.predict import convert
 from jdiff.process import Process
 from jdiff.tableau import Record, Tableau
+
+
+Value = Any  # in a sampler: a symbol; the same formulas run on arrays of the sample's shape too
+Model = Callable[..., Value]  # model(x, t, kind="x0", label="")
+Noise = Callable[[], Value]
 
 
 class Linear:
@@ -127,7 +133,7 @@ class Solver:
     """
 
     name: str
-    sampler: Callable[[Grid, Linear, Callable[..., Any], Callable[[], Linear]], Linear]
+    sampler: Callable[[Grid, Value, Model, Noise], Value]
     order: int
     references: tuple[str, ...] = ()
     cost: Callable[[int], int] = lambda n: n
@@ -155,7 +161,7 @@ class Solver:
 
 
 def trace(
-    sampler: Callable[[Linear, Callable[..., Any], Callable[[], Linear]], Linear],
+    sampler: Callable[[Value, Model, Noise], Value],
     process: Process,
     *,
     name: str = "custom",
@@ -238,6 +244,8 @@ def trace(
 
     def pack(nested: Any, lead: tuple[int, ...]) -> np.ndarray:
         """Nested lists of numbers or sample-shaped arrays as one array (*lead, *d)."""
+        with contextlib.suppress(ValueError):  # ragged: numbers beside arrays
+            return np.array(nested, np.float64).reshape(*lead, *np.shape(nested)[len(lead) :])
         flat = np.empty(lead, dtype=object)
         for index in np.ndindex(*lead):
             value = nested

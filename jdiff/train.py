@@ -88,8 +88,9 @@ def make_train_step(
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         mean = lambda params: loss(params, key, batch["image"], batch.get("label")).mean()
         value, grads = jax.value_and_grad(mean)(state.params)
-        norm = optax.global_norm(grads)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        norm = optax.tree.norm(grads)
+        with jax.numpy_dtype_promotion("standard"):  # optax mixes integers and floats, which strict mode refuses
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         done = state.step + 1
         bad = ~(jnp.isfinite(value) & jnp.isfinite(norm)) & (meter.first_bad < 0)
@@ -131,18 +132,18 @@ def train(
     if dataset is None:
         dataset = data.load(config.data, split=config.split, size=config.size, data_dir=config.data_dir)
     data.batch_indices(len(dataset), config.batch, config.seed, 0)  # reports a batch larger than the data set
-    net = recipe.build_net(config, dataset)
-    conditional = bool(net.config["num_classes"])
-    graph, params = nnx.split(net)
+    build = lambda seed: recipe.build_net(config, dataset, nnx.Rngs(jax.random.key(seed)))
+    net = nnx.eval_shape(lambda: build(0))
+    graph, conditional = nnx.graphdef(net), bool(net.config["num_classes"])
     call = NetCall(graph, process, recipe.sigma_data_of(config))
     loss = recipe.make_loss(config, call, net.null_label if conditional and config.label_dropout else None)
-    optimizer, rate = recipe.make_optimizer(config), recipe.learning_rate(config)
+    optimizer, rate = recipe.make_optimizer(config), jax.jit(recipe.learning_rate(config))
     meta = recipe.meta(config, net, dataset)
 
     everywhere, split = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("data",)))
-    strong = lambda x: jax.device_put(jnp.asarray(x, x.dtype), everywhere)  # no weak types: a restored state has none
-    state = jax.tree.map(strong, init_state(nnx.to_pure_dict(params), optimizer, config.ema))
-    empty = jax.tree.map(strong, meter())
+    seed = jnp.uint32(config.seed)  # an argument of both programs: a constant would be folded, slowly
+    fresh = lambda seed: init_state(nnx.to_pure_dict(nnx.state(build(seed))), optimizer, config.ema)
+    state, empty = jax.jit(lambda seed: (fresh(seed), meter()), out_shardings=everywhere)(seed)
     step_fn = jax.jit(
         make_train_step(loss, optimizer, config.ema), donate_argnums=0, out_shardings=(everywhere, everywhere)
     )
@@ -162,7 +163,7 @@ def train(
         process_count=jax.process_count(),
     )
     wanted = ("image", "label") if conditional else ("image",)
-    seed, in_flight, clock = jnp.uint32(config.seed), sums, _Clock()
+    in_flight, clock = sums, _Clock()
     with (
         checkpoint.manager(out / "checkpoints", config.keep) as checkpoints,
         checkpoint.manager(out / "snapshots") as snapshots,

@@ -112,7 +112,7 @@ class Conditioning(nnx.Module):
             shape = (num_classes + null_class, width)
             self.labels = nnx.Param(label_std * jax.random.normal(rngs.params(), shape, jnp.dtype(param_dtype)))
 
-    def __call__(self, t: Float[Array, "b *shape"], y: Int[Array, "b"] | None) -> Float[Array, "b2 *shape d"]:
+    def __call__(self, t: Float[Array, "b1 *shape"], y: Int[Array, "b"] | None) -> Float[Array, "b2 *shape d"]:
         """t of shape (b or 1, ...) and labels (b,), or None for a net without classes -> (b or 1, ..., d)."""
         c = sinusoids(self.time_scale * t.astype(jnp.float32), self.frequencies)
         c = self.time_out(jax.nn.silu(self.time_in(c)))
@@ -225,11 +225,17 @@ def modulate(x: Array, shift: Array, scale: Array) -> Array:
     return x * (1 + scale) + shift
 
 
-def dot_product_attention(q: Array, k: Array, v: Array) -> Array:
-    """The default attention: softmax(q k' / sqrt(head width)) v, softmax in float32."""
-    # Under strict promotion jax's own code refuses its own float32 logits of bfloat16 queries.
-    with jax.numpy_dtype_promotion("standard"):
-        return jax.nn.dot_product_attention(q, k, v)
+def dot_product_attention(
+    q: Float[Array, "b n h d"], k: Float[Array, "b m h d"], v: Float[Array, "b m h d"]
+) -> Float[Array, "b n h d"]:
+    """The default attention: softmax(q k' / sqrt(d)) v, with logits and softmax in float32 or better.
+
+    The same function as jax.nn.dot_product_attention, which may be given in its place; that one takes its softmax
+    in float32 for float64 too, and under strict promotion its gradient refuses bfloat16.
+    """
+    kind = wide(q.dtype)
+    logits = jnp.einsum("bnhd,bmhd->bhnm", q.astype(kind), k.astype(kind)) / math.sqrt(q.shape[-1])
+    return jnp.einsum("bhnm,bmhd->bnhd", jax.nn.softmax(logits, axis=-1).astype(v.dtype), v)
 
 
 class GroupNorm(nnx.Module):

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from jdiff.predict import convert
-from jdiff.trace import Grid, Linear, Solver
+from jdiff.trace import Grid, Model, Noise, Solver, Value
 
 
 def _slope(g: Grid, variable: str, x: Any, t: Any, D: Any) -> Any:
@@ -30,7 +30,7 @@ def euler(variable: str = "sigma") -> Solver:
     """
     _check_variable("euler", variable)
 
-    def sampler(g: Grid, x: Linear, model: Any, noise: Any) -> Linear:
+    def sampler(g: Grid, x: Value, model: Model, noise: Noise) -> Value:
         for i in range(g.n):
             D = model(x, g.t[i])
             if variable == "sigma":
@@ -60,16 +60,16 @@ def heun(
     if churn < 0 or s_noise < 0:
         raise ValueError(f"heun: churn and s_noise must not be negative, got {churn=}, {s_noise=}")
 
-    def sampler(g: Grid, x: Linear, model: Any, noise: Any) -> Linear:
+    def sampler(g: Grid, x: Value, model: Model, noise: Noise) -> Value:
         p = g.process
         for i in range(g.n):
             t0, a0, s0, t1, a1, s1 = g.t[i], g.a[i], g.s[i], g.t[i + 1], g.a[i + 1], g.s[i + 1]
             gamma = min(churn / g.n, np.sqrt(2.0) - 1.0) if s_min <= g.rho(i) <= s_max else 0.0
             if gamma > 0 and a0 > 0:
-                rho, lifted = g.rho(i), (1.0 + gamma) * g.rho(i)
-                t0 = p.t_of_lam(-np.log(lifted))
+                t0 = p.t_of_lam(-np.log((1.0 + gamma) * g.rho(i)))
                 a_old, a0, s0 = a0, p.alpha(t0), p.sigma(t0)
-                x = (a0 / a_old) * x + a0 * np.sqrt(lifted**2 - rho**2) * s_noise * noise()
+                lifted = s0 / a0  # less than asked for where a discrete schedule ends
+                x = (a0 / a_old) * x + a0 * np.sqrt(max(lifted**2 - g.rho(i) ** 2, 0.0)) * s_noise * noise()
             D = model(x, t0)
             if a0 == 0 and variable == "sigma":
                 slope = lambda x, t, D: D
@@ -107,7 +107,7 @@ def ddim(eta: float = 0.0) -> Solver:
     if not 0 <= eta <= 1:
         raise ValueError(f"ddim: expected 0 <= eta <= 1, got {eta}")
 
-    def sampler(g: Grid, x: Linear, model: Any, noise: Any) -> Linear:
+    def sampler(g: Grid, x: Value, model: Model, noise: Noise) -> Value:
         for i in range(g.n):
             a0, s0, a1, s1 = g.a[i], g.s[i], g.a[i + 1], g.s[i + 1]
             D = model(x, g.t[i])
@@ -130,7 +130,7 @@ def ddpm(variance: str = "posterior") -> Solver:
     if variance not in ("posterior", "beta"):
         raise ValueError(f"ddpm: variance is {variance!r}; expected 'posterior' (beta-tilde) or 'beta'")
 
-    def sampler(g: Grid, x: Linear, model: Any, noise: Any) -> Linear:
+    def sampler(g: Grid, x: Value, model: Model, noise: Noise) -> Value:
         for i in range(g.n):
             s0, a1, s1, h = g.s[i], g.a[i + 1], g.s[i + 1], g.h(i)
             D = model(x, g.t[i])

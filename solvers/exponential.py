@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from jdiff.trace import Grid, Linear, Solver
+from jdiff.trace import Grid, Model, Noise, Solver, Value
 
 from .weights import lagrange, laguerre, moments, quadrature
 
@@ -45,9 +45,10 @@ def dpm_solver_pp(
 
     eta                0 the ODE, 1 the reverse SDE ("SDE-DPM-Solver++(2M)"), between them k-diffusion's eta
     form               order 2's weight of D1: "midpoint" m0/2 as in the paper, "heun" the exact m1 (official "taylor")
-    lower_order_final  the last steps take order 2, 1: helps some models at few steps and costs the order
-    as_published       the official code: D2 without its factor 2, so that order 3 is of second order everywhere;
-                       and lower_order_final below 10 steps (the official docs, and diffusers, say 15)
+    lower_order_final  the last steps take order 2, 1: helps some models at few steps and costs the order (the
+                       official code does so below 10 steps; its documentation, and diffusers, say 15)
+    as_published       D2 without its factor 2, as in the official code, diffusers and k-diffusion: order 3 is then
+                       of second order everywhere
     """
     _check_order("dpm_solver_pp", order, 3)
     if form not in ("midpoint", "heun"):
@@ -55,12 +56,11 @@ def dpm_solver_pp(
     if not 0 <= eta <= 1:
         raise ValueError(f"dpm_solver_pp: expected 0 <= eta <= 1, got {eta}")
 
-    def sampler(g: Grid, x: Linear, model: Any, noise: Any) -> Linear:
-        past: list[Linear] = []
-        lower = lower_order_final or (as_published and g.n < 10)
+    def sampler(g: Grid, x: Value, model: Model, noise: Noise) -> Value:
+        past: list[Value] = []
         for i in range(g.n):
             a1, s0, s1, h = g.a[i + 1], g.s[i], g.s[i + 1], g.h(i)
-            p = min(order, i + 1, _final_cap(g, i, lower))
+            p = min(order, i + 1, _final_cap(g, i, lower_order_final))
             D = model(x, g.t[i], label=f"order {p}")
             past = [D, *past[: order - 1]]
             m0, m1, m2 = moments((1.0 + eta) * h, 3)
@@ -74,7 +74,8 @@ def dpm_solver_pp(
                 D1 = near + (r0 / (r0 + r1)) * (near - far)
                 D2 = ((1.0 if as_published else 2.0) / (r0 + r1)) * (near - far)
                 bracket = bracket + m1 * D1 + m2 * D2
-            x = (s1 / s0) * np.exp(-eta * h) * x + a1 * bracket if s1 > 0 else a1 * D
+            decay = np.exp(-eta * h) if eta > 0 else 1.0  # h may be infinite
+            x = (s1 / s0) * decay * x + a1 * bracket if s1 > 0 else a1 * D
             if eta > 0 and s1 > 0:
                 x = x + s1 * np.sqrt(-np.expm1(-2.0 * eta * h)) * noise()
         return x
@@ -117,8 +118,8 @@ def deis(order: int = 3, variable: str = "t", lower_order_final: bool = False) -
             time = lambda rho: g.process.t_of_lam(-np.log(rho))
         return quadrature(lambda rho: lagrange(g.t[points], time(rho)), rho0, rho1)
 
-    def sampler(g: Grid, x: Linear, model: Any, noise: Any) -> Linear:
-        past: list[tuple[int, Linear]] = []
+    def sampler(g: Grid, x: Value, model: Model, noise: Noise) -> Value:
+        past: list[tuple[int, Value]] = []
         for i in range(g.n):
             a0, s0, a1, s1 = g.a[i], g.s[i], g.a[i + 1], g.s[i + 1]
             cap = g.n - i if lower_order_final else order
@@ -166,7 +167,7 @@ def unipc(order: int = 3, variant: str = "bh2", corrector: bool = True, lower_or
         factorial = np.cumprod(j)
         return np.linalg.solve(np.array(r)[None, :] ** (j - 1)[:, None], factorial * m[1:])
 
-    def step(g: Grid, i: int, x: Linear, D: Linear, others: list[tuple[float, Linear]], halved: bool) -> Linear:
+    def step(g: Grid, i: int, x: Value, D: Value, others: list[tuple[Any, Value]], halved: bool) -> Value:
         """Step i from x with the output D there and further outputs (r, D_r)."""
         a1, h = g.a[i + 1], g.h(i)
         y = (g.s[i + 1] / g.s[i]) * x + (a1 * moments(h, 1)[0]) * D
@@ -174,9 +175,9 @@ def unipc(order: int = 3, variant: str = "bh2", corrector: bool = True, lower_or
             y = y + (a1 * w / r) * (Dr - D)
         return y
 
-    def sampler(g: Grid, x: Linear, model: Any, noise: Any) -> Linear:
+    def sampler(g: Grid, x: Value, model: Model, noise: Noise) -> Value:
         D = model(x, g.t[0])
-        past: list[tuple[int, Linear]] = []  # newest first, without point i itself
+        past: list[tuple[int, Value]] = []  # newest first, without point i itself
         for i in range(g.n):
             if g.s[i + 1] == 0:
                 return g.a[i + 1] * D

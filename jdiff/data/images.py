@@ -101,9 +101,7 @@ def _classes(files: list[str], path: Path) -> tuple[np.ndarray, tuple[str, ...]]
     folders = [os.path.dirname(file) for file in files]
     if not all(folders) and any(folders):
         stray = files[folders.index("")]
-        raise ValueError(
-            f"{str(path)!r} holds images in one folder a class, but {stray!r} lies beside the folders"
-        )
+        raise ValueError(f"{str(path)!r} holds images in one folder a class, but {stray!r} lies beside the folders")
     names = sorted(set(folders))
     common = os.path.commonpath(names) if len(names) > 1 else os.path.dirname(names[0])
     label_of = {name: i for i, name in enumerate(names)}
@@ -125,9 +123,7 @@ def _headers(files: list[str], fetch, size: int | None) -> tuple[str, int, int]:
         except Exception as error:  # Pillow's plugins raise nearly anything for a broken file
             raise ValueError(f"{file!r} is a broken image: {error}") from error
         if image.mode in ("I", "F") or image.mode.startswith("I;"):
-            raise ValueError(
-                f"{file!r} has more than 8 bits a channel (mode {image.mode}); convert it to 8 bits first"
-            )
+            raise ValueError(f"{file!r} has more than 8 bits a channel (mode {image.mode}); convert it to 8 bits first")
     if size is None and len(sizes) > 1:
         (a, first), (b, second) = list(sizes.items())[:2]
         raise ValueError(

@@ -23,9 +23,7 @@ def to_uint8(images) -> UInt8[np.ndarray, "..."]:
         images = images.astype(np.float32)  # bfloat16 is no np.floating; integers come here by mistake
     if not np.isfinite(images).all():
         bad = int((~np.isfinite(images)).sum())
-        raise ValueError(
-            f"{bad} of {images.size} pixel values are not finite: such images cannot be stored or scored"
-        )
+        raise ValueError(f"{bad} of {images.size} pixel values are not finite: such images cannot be stored or scored")
     return np.rint(np.clip(127.5 * (images + 1), 0, 255)).astype(np.uint8)
 
 

@@ -28,14 +28,11 @@ def batches(
     Raises ValueError for a batch_size that does not fit the data set or the number of processes.
     """
     if process_count < 1 or not 0 <= process_index < process_count:
-        raise ValueError(
-            f"process_index must be in 0..process_count - 1, got {process_index=}, {process_count=}"
-        )
+        raise ValueError(f"process_index must be in 0..process_count - 1, got {process_index=}, {process_count=}")
     if batch_size % process_count:
         fit = max(round(batch_size / process_count), 1) * process_count
         raise ValueError(
-            f"batch_size {batch_size} is not divisible by the {process_count} processes; "
-            f"the nearest that fits is {fit}"
+            f"batch_size {batch_size} is not divisible by the {process_count} processes; the nearest that fits is {fit}"
         )
     batch_indices(len(dataset), batch_size, seed, start_step)  # reports bad values now
     return _batches(dataset, batch_size, seed, start_step, process_index, process_count)

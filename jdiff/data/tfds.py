@@ -36,9 +36,7 @@ def load_tfds(name: str, split: str, size: int | None, data_dir: str | os.PathLi
     features = dict(builder.info.features.items())
     image = features.get("image")
     if image is None or image.np_dtype != np.uint8 or len(image.shape) != 3:
-        raise ValueError(
-            f'tfds:{name} must have a feature "image" of uint8 (H, W, C), its features are {features}'
-        )
+        raise ValueError(f'tfds:{name} must have a feature "image" of uint8 (H, W, C), its features are {features}')
     if None in image.shape[:2] and size is None:
         raise ValueError(f"tfds:{name} has images of different sizes {image.shape}: give `size`")
     label = features.get("label")

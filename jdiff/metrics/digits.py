@@ -56,17 +56,20 @@ def load_weights(path: Path = WEIGHTS) -> tuple[Params, dict[str, str]]:
     from safetensors import safe_open
 
     with safe_open(path, framework="numpy") as file:
-        return {name: jnp.asarray(file.get_tensor(name)) for name in file.keys()}, file.metadata()
+        names = list(file.keys())
+        return {name: jnp.asarray(file.get_tensor(name)) for name in names}, file.metadata()
 
 
 @lru_cache(maxsize=1)
 def digit_features() -> Callable[[Float[Array, "b 8 8 1"]], Float[Array, "b 32"]]:
     """The features "digits-cnn-v1": images (b, 8, 8, 1) in [-1, 1] -> (b, 32), float32, jitted.
 
-    Those of a classifier that never saw the split "test" (`python -m jdiff.metrics.train_digits` made it);
-    32 dimensions, so that the 898 images of one half determine a covariance.
+    Those of a classifier that never saw the split "test" (`python -m jdiff.metrics.train_digits` made it),
+    of mean 0 and standard deviation 1 over the split "train"; 32 of them, so that the 898 images of one half
+    determine a covariance. As the classifier knows the train half, it is farther from the test half than two
+    random halves are from one another: a Fréchet distance of 0.58 against 0.31.
     """
     params, _ = load_weights()
-    features = jax.jit(lambda images: embed_digits(params, images))
+    features = jax.jit(lambda images: (embed_digits(params, images) - params["mean"]) / params["std"])
     features.__name__ = NAME
     return features

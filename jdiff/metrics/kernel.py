@@ -28,13 +28,13 @@ def cubic(x: Float[Array, "n d"], y: Float[Array, "m d"]) -> Float[Array, "n m"]
 
 
 def energy(x: Float[Array, "n d"], y: Float[Array, "m d"]) -> Float[Array, "n m"]:
-    """-|x - y|: the distance is then the energy distance (Székely & Rizzo 2013). It has no scale to choose."""
+    """-|x - y|: the distance is then the energy distance (Székely & Rizzo 2013); no scale to choose."""
     return -jnp.sqrt(squared_distances(x, y))
 
 
 @lru_cache
 def rbf(bandwidth: float) -> Kernel:
-    """exp(-|x - y|^2 / (2 bandwidth^2)). The same bandwidth gives the same function, so nothing recompiles."""
+    """exp(-|x - y|^2 / (2 bandwidth^2)). Cached, so that equal bandwidths compile once."""
 
     def gaussian(x, y):
         return jnp.exp(-squared_distances(x, y) / (2 * bandwidth**2))

@@ -43,7 +43,7 @@ class Moments(NamedTuple):
         return Moments(n, self.mean + delta * (n2 / total), m2)
 
     def finalise(self) -> tuple[int, Float[np.ndarray, "d"], Float[np.ndarray, "d d"]]:
-        """(n, mean, unbiased covariance) on the host, float64. ValueError for n < 2 or features not finite."""
+        """(n, mean, unbiased covariance), float64, on the host. ValueError for n < 2 or not finite."""
         n, mean, m2 = int(self.n), np.asarray(self.mean, np.float64), np.asarray(self.m2, np.float64)
         if n < 2:
             raise ValueError(f"a covariance needs at least 2 samples, got {n}")
@@ -54,7 +54,6 @@ class Moments(NamedTuple):
 
 @any_mesh
 def _batch_moments(x: Float[Array, "b d"], mask: Bool[Array, "b"]) -> Moments:
-    weight = mask[:, None].astype(x.dtype)
     n = mask.sum(dtype=jnp.int32)
     mean = jnp.where(mask[:, None], x, 0).sum(0) / jnp.maximum(n, 1).astype(x.dtype)
     centred = jnp.where(mask[:, None], x - mean, 0)
@@ -71,9 +70,9 @@ def frechet_distance(
     """|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)): the squared 2-Wasserstein distance of two Gaussians
     (Dowson & Landau 1982; as a score of images, Heusel et al., arXiv 1706.08500, eq. 6).
 
-    On the host in float64. tr (S1 S2)^(1/2) is the sum of the roots of the eigenvalues of the symmetric matrix
-    S1^(1/2) S2 S1^(1/2): real and finite where a covariance is singular, where a matrix square root of the
-    product S1 S2 is neither for certain.
+    On the host in float64. tr (S1 S2)^(1/2) is the sum of the roots of the eigenvalues of the symmetric
+    matrix S1^(1/2) S2 S1^(1/2): real and finite even if a covariance is singular, which a matrix square root
+    of the product S1 S2 need not be.
 
     It is biased: it falls with n even between samples of one law, so compare at equal n only.
     Raises ValueError if the dimensions differ, or if n is not above d + 1 on either side, where the estimated
@@ -86,8 +85,8 @@ def frechet_distance(
         raise ValueError(f"features of dimension {dim} and {len(mean2)} cannot be compared")
     if min(n1, n2) <= dim + 1:
         raise ValueError(
-            f"a Fréchet distance of {dim}-dimensional features needs more than {dim + 1} samples on either side, "
-            f"got {n1} and {n2}: draw more, or use features of a lower dimension, or kernel_distance"
+            f"a Fréchet distance of {dim}-dimensional features needs more than {dim + 1} samples on either "
+            f"side, got {n1} and {n2}: draw more, or use features of a lower dimension, or kernel_distance"
         )
     value, vectors = np.linalg.eigh(cov1)
     root = (vectors * np.sqrt(np.maximum(value, 0))) @ vectors.T

@@ -20,12 +20,12 @@ def precision_recall(
     features: str = "unnamed",
     reference_name: str = "unnamed",
 ) -> tuple[Result, Result]:
-    """(precision, recall) of Kynkäänniemi et al. (arXiv 1904.06991, eq. 2): the part of the samples within the
-    manifold of the reference (fidelity), and the part of the reference within that of the samples (diversity).
+    """(precision, recall) of Kynkäänniemi et al. (arXiv 1904.06991, eq. 2): the part of the samples within
+    the manifold of the reference (fidelity), and of the reference within that of the samples (diversity).
 
-    The manifold of a set is the union of closed balls about its points, each up to its k-th nearest neighbour
-    in the set. Distances are computed `block` rows at a time: memory is block x max(n, m) numbers. Both depend
-    on n and k, so compare at equal n and k only. samples and reference may be sharded.
+    The manifold of a set is the union of closed balls about its points, each up to its k-th nearest
+    neighbour in the set. Distances are computed `block` rows at a time: memory is block x max(n, m) numbers.
+    Both depend on n and k, so compare at equal n and k only. samples and reference may be sharded.
 
     Raises ValueError for k < 1, sets of k points or less, or features that are not finite.
     """

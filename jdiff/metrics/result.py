@@ -37,15 +37,13 @@ class Result:
 
 
 def checked(a: Num[Array, "n d"], b: Num[Array, "m d"], least: int) -> tuple[Array, Array]:
-    """Both feature sets as floating-point arrays (float32 at least), or a ValueError that says what is wrong."""
+    """Both feature sets as floating-point arrays (float32 at least); ValueError says what is wrong."""
     a, b = (x if x.dtype == jnp.float64 else x.astype(jnp.float32) for x in (jnp.asarray(a), jnp.asarray(b)))
     if min(len(a), len(b)) < least:
         raise ValueError(f"at least {least} samples are needed on either side, got {len(a)} and {len(b)}")
     for name, x in (("samples", a), ("the reference", b)):
         if not jnp.isfinite(x).all():
-            raise ValueError(
-                f"the features of {name} are not finite: look for NaN in the images or in the network"
-            )
+            raise ValueError(f"the features of {name} are not finite: look for NaN in images or network")
     return a, b
 
 

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, PRNGKeyArray
 
-from ..data import Dataset, from_uint8, to_uint8
+from jdiff.data import Dataset, from_uint8, to_uint8
+
 from .kernel import kernel_distance
 from .moments import Moments, frechet_distance
 from .neighbours import precision_recall
@@ -34,9 +35,8 @@ def embed(
         batch = images.take(rows)["image"] if isinstance(images, Dataset) else images[rows[0] : rows[-1] + 1]
         batch = from_uint8(to_uint8(batch))
         batch = np.pad(batch, [(0, batch_size - len(rows)), *[(0, 0)] * (batch.ndim - 1)])
-        value = np.asarray(
-            features(jnp.asarray(batch) if sharding is None else jax.device_put(batch, sharding))
-        )
+        batch = jnp.asarray(batch) if sharding is None else jax.device_put(batch, sharding)
+        value = np.asarray(features(batch))
         if value.ndim != 2 or len(value) != batch_size:
             raise ValueError(f"features must map {batch.shape} to ({batch_size}, d), got {value.shape}")
         out.append(value[: len(rows)].astype(np.float32))
@@ -58,25 +58,23 @@ def evaluate(
     blocks: int = 10,
     sharding: jax.sharding.Sharding | None = None,
 ) -> dict[str, Result]:
-    """ "frechet", "kernel", "sliced_wasserstein", "precision", "recall" of the samples against the reference, and
-    under the same names with "floor_" in front those of `held_out`, real images that are not in the reference.
+    """Every metric of the samples against the reference, and the floor that real images reach.
+
+    Keys: "frechet", "kernel", "sliced_wasserstein", "precision", "recall" for the samples, and the same with
+    "floor_" in front for `held_out`: real images that are not in the reference.
 
     Both sides of every comparison have the same n: the smaller of the number of samples and of held-out
     images. The first n samples and n random held-out images (key) are used. Without `held_out`, the reference
     is cut into two random halves (key), one of which is held out.
 
-    samples: (n, H, W, C) in [-1, 1], or uint8. features: any callable, (b, H, W, C) -> (b, d); its __name__
-    stands in the results. Raises ValueError for samples of another shape than the reference's, values that are
-    not finite, or too few samples for a Fréchet distance of d dimensions.
+    samples: (n, H, W, C) in [-1, 1], or uint8. features: any callable, (b, H, W, C) -> (b, d); its
+    __name__ stands in the results. Raises ValueError for samples of another shape than the reference's,
+    values that are not finite, or too few samples for a Fréchet distance of d dimensions.
     """
-    if tuple(samples.shape[1:]) != reference.shape:
-        raise ValueError(
-            f"samples of shape {tuple(samples.shape[1:])}, reference {reference.shape}: must be equal"
-        )
-    if held_out is not None and held_out.shape != reference.shape:
-        raise ValueError(
-            f"held-out images of shape {held_out.shape}, reference {reference.shape}: must be equal"
-        )
+    held_shape = reference.shape if held_out is None else held_out.shape
+    for name, shape in (("samples", tuple(samples.shape[1:])), ("held-out images", held_shape)):
+        if shape != reference.shape:
+            raise ValueError(f"{name} have the shape {shape}, but the reference {reference.shape}")
     key_split, key_held, key_kernel, key_sliced = jax.random.split(key, 4)
     real, name = embed(features, reference, batch_size, sharding), reference.name
     if held_out is None:

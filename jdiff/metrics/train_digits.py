@@ -2,8 +2,8 @@
 
     python -m jdiff.metrics.train_digits
 
-It sees the train half of the digits alone (898 images, moved and distorted at random), and prints its accuracy
-on the other half.
+It sees the train half of the digits alone (898 images, moved and distorted at random), and prints its
+accuracy on the other half. About half a minute on two CPU cores.
 """
 
 import argparse
@@ -13,13 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax import lax
 from jax.scipy.ndimage import map_coordinates
 
-from .. import data
-from .digits import NAME, WEIGHTS, classify_digits, init, load_weights
+from jdiff import data
 
-STEPS, BATCH = 4000, 128
+from .digits import NAME, WEIGHTS, classify_digits, embed_digits, init
+
+STEPS, BATCH, SMOOTHING = 1500, 128, 0.1
 
 
 def distort(key, image):
@@ -38,32 +38,31 @@ def accuracy(params, images, labels):
 
 
 def train(seed: int):
-    """Weights after STEPS steps of AdamW with a cosine schedule; a function of the seed."""
+    """Weights after STEPS steps of AdamW with a cosine schedule, and "mean" and "std" of the features over the
+    train half; a function of the seed."""
     half = data.load("digits", split="train")
     half = jax.tree.map(jnp.asarray, half.take(np.arange(len(half))))
     key_init, key_data = jax.random.split(jax.random.key(seed))
     optimizer = optax.adamw(optax.cosine_decay_schedule(2e-3, STEPS), weight_decay=0.05)
-    rows = np.stack([data.batch_indices(len(half["label"]), BATCH, seed, step) for step in range(STEPS)])
 
     def loss(params, images, labels):
-        logits = classify_digits(params, images)
-        return optax.softmax_cross_entropy(
-            logits, optax.smooth_labels(jax.nn.one_hot(labels, 10), 0.1)
-        ).mean()
+        targets = optax.smooth_labels(jax.nn.one_hot(labels, 10), SMOOTHING)
+        return optax.softmax_cross_entropy(classify_digits(params, images), targets).mean()
 
-    def step(state, xs):
-        params, opt_state = state
-        key, row = xs
+    @jax.jit  # a loop around it, not `lax.scan`: XLA runs convolutions in a scan ten times slower on CPU
+    def update(params, opt_state, key, row):
         images = jax.vmap(distort)(jax.random.split(key, BATCH), half["image"][row])
-        value, grads = jax.value_and_grad(loss)(params, images, half["label"][row])
+        grads = jax.grad(loss)(params, images, half["label"][row])
         updates, opt_state = optimizer.update(grads, opt_state, params)
-        return (optax.apply_updates(params, updates), opt_state), value
+        return optax.apply_updates(params, updates), opt_state
 
     params = init(key_init)
-    run = jax.jit(lambda params, xs: lax.scan(step, (params, optimizer.init(params)), xs))
-    (params, _), losses = run(params, (jax.random.split(key_data, STEPS), jnp.asarray(rows, jnp.int32)))
-    print(f"loss of the last 100 steps {losses[-100:].mean():.4f}")
-    return params
+    opt_state = optimizer.init(params)
+    for step in range(STEPS):
+        row = data.batch_indices(len(half["label"]), BATCH, seed, step).astype(np.int32)
+        params, opt_state = update(params, opt_state, jax.random.fold_in(key_data, step), row)
+    features = embed_digits(params, half["image"])
+    return params | {"mean": features.mean(0), "std": features.std(0)}
 
 
 def held_out_accuracy(params) -> float:
@@ -75,9 +74,7 @@ def held_out_accuracy(params) -> float:
 def main():
     from safetensors.numpy import save_file
 
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=WEIGHTS, help="default: the file in the package")
     args = parser.parse_args()
@@ -90,9 +87,8 @@ def main():
         "jax": jax.__version__,
     }
     save_file({name: np.asarray(value) for name, value in params.items()}, args.output, metadata)
-    print(
-        f"held-out accuracy {held_out_accuracy(load_weights(args.output)[0]):.4f}, written to {args.output}"
-    )
+    args.output.chmod(0o644)  # safetensors writes files that only their owner can read
+    print(f"held-out accuracy {metadata['accuracy']}; weights written to {args.output}")
 
 
 if __name__ == "__main__":

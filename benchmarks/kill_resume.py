@@ -1,0 +1,151 @@
+"""Kill a training run with SIGKILL at random moments, start it again each time, and compare it bitwise.
+
+    python benchmarks/kill_resume.py --kills 10
+
+A reference run is never stopped and keeps every checkpoint. The other run has the same configuration; every third
+kill waits for a checkpoint that is being written, the others come at any moment from the start of the process on.
+After each kill every finished checkpoint must be readable and bitwise equal to the reference's of the same step;
+at the end all of the state (parameters, optimizer, averages), all snapshots and all rows of metrics must be.
+Exit status 1 where anything differs. About 6 seconds a kill.
+"""
+
+import argparse
+import csv
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+STEPS, EVERY = 240, 15
+
+
+def child(out: str, keep: int) -> None:
+    """Train a tiny DiT on digits; programs come compiled from a cache that all runs share."""
+    import jax
+
+    jax.config.update("jax_compilation_cache_dir", str(Path(out).parent / "cache"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    from jdiff.train import TrainConfig, train
+
+    net = {"width": 16, "depth": 1, "heads": 2, "patch": 4}
+    train(
+        TrainConfig(
+            out=out, net="DiT", net_options=net, batch=16, steps=STEPS, warmup=10, log_every=5,
+            checkpoint_every=EVERY, snapshot_every=2 * EVERY, keep=keep, tensorboard=False,
+        )
+    )  # fmt: skip
+
+
+def start(out: Path, keep: int) -> subprocess.Popen:
+    command = [sys.executable, __file__, "--child", str(out), "--keep", str(keep)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+
+
+def unfinished(out: Path) -> list[Path]:
+    return list((out / "checkpoints").glob("*tmp*"))
+
+
+def wait(process: subprocess.Popen, out: Path, seconds: float, writing: bool) -> None:
+    """Until `seconds` from now and, where asked for, until a checkpoint is being written."""
+    end = time.monotonic() + seconds
+    while process.poll() is None and (time.monotonic() < end or (writing and not unfinished(out))):
+        time.sleep(0.0002 if writing else 0.002)
+
+
+def arrays(folder: Path) -> dict[str, bytes]:
+    """Every array of a finished step, read without knowing what is in it."""
+    import jax
+    import numpy as np
+    import orbax.checkpoint as ocp
+
+    items = [p.name for p in folder.iterdir() if p.is_dir() and p.name != "meta"]
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
+        found = reader.restore(folder, args=ocp.args.Composite(**{name: ocp.args.StandardRestore() for name in items}))
+    leaves = jax.tree.leaves_with_path({name: found[name] for name in items})
+    return {jax.tree_util.keystr(path): np.asarray(leaf).tobytes() for path, leaf in leaves}
+
+
+def differences(run: Path, reference: Path, kind: str) -> list[str]:
+    from jdiff import checkpoint
+
+    wrong = []
+    for step in checkpoint.steps(run / kind):
+        a, b = arrays(run / kind / str(step)), arrays(reference / kind / str(step))
+        wrong += [f"{kind}/{step}{name}" for name in sorted({*a, *b}) if a.get(name) != b.get(name)]
+    return wrong
+
+
+def rows(out: Path) -> list[list[str]]:
+    with open(out / "metrics.csv") as file:
+        return [row[:4] for row in csv.reader(file)]  # not the two columns that are times
+
+
+def main(kills: int, seed: int, base: Path) -> int:
+    from jdiff import checkpoint
+
+    reference, run, rng = base / "reference", base / "run", random.Random(seed)
+    shutil.rmtree(reference, ignore_errors=True), shutil.rmtree(run, ignore_errors=True)
+    process = start(base / "warm", 1)  # fills the cache
+    if not process.stdout.readline():
+        raise SystemExit("the run itself fails: see python benchmarks/kill_resume.py --child FOLDER --keep 1")
+    process.kill(), process.wait()
+    began = time.monotonic()
+    process = start(reference, STEPS)
+    process.stdout.readline()
+    startup = time.monotonic() - began
+    process.wait()
+    training = time.monotonic() - began - startup
+    print(f"reference: {startup:.1f} s to the first row, {training:.1f} s for {STEPS} steps", flush=True)
+
+    wrong, killed, during, last = [], 0, 0, None
+    while killed < kills:
+        process = start(run, 2)
+        writing = killed % 3 == 1
+        share = training * (0.5 if writing else 1.5) / kills
+        wait(process, run, rng.uniform(0 if not writing else startup, startup + share), writing)
+        if process.poll() is not None:
+            break
+        process.kill()
+        process.wait()
+        killed, during = killed + 1, during + bool(unfinished(run))
+        found = checkpoint.latest_step(run / "checkpoints")
+        if last is not None and (found is None or found < last):
+            wrong.append(f"the checkpoint of step {last} was lost")
+        wrong += differences(run, reference, "checkpoints")
+        last = found
+        state = "in the middle of a write" if unfinished(run) else "between writes"
+        print(f"kill {killed}: {state}; last finished step {found}; differences so far: {len(wrong)}", flush=True)
+    if start(run, 2).wait():
+        wrong.append("the last start failed")
+    wrong += differences(run, reference, "checkpoints") + differences(run, reference, "snapshots")
+    if checkpoint.steps(run / "snapshots") != checkpoint.steps(reference / "snapshots"):
+        wrong.append("the snapshots are of other steps")
+    if checkpoint.latest_step(run / "checkpoints") != STEPS:
+        wrong.append("the run did not reach its last step")
+    if rows(run) != rows(reference):
+        wrong.append("metrics.csv")
+    print(f"{killed} kills, {during} of them in the middle of a write:", wrong or "bitwise equal")
+    return int(bool(wrong) or killed < kills)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=10)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="folder for the runs (default: a temporary one)")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--keep", type=int, default=2, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        child(arguments.child, arguments.keep)
+    elif arguments.out:
+        sys.exit(main(arguments.kills, arguments.seed, arguments.out))
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            sys.exit(main(arguments.kills, arguments.seed, Path(folder)))

@@ -1,0 +1,40 @@
+"""The notebook runs from top to bottom, and the numbers that it computes hold."""
+
+import json
+from pathlib import Path
+
+import nbclient
+import nbformat
+import pytest
+
+HERE = Path(__file__).parent.parent
+ORDERS = {"DDIM": 1, "DPM-Solver++(2M)": 2, "DEIS(3)": 3, "UniPC(3)": 4}  # nominal; a corrector adds one
+
+
+@pytest.fixture(scope="module")
+def numbers(tmp_path_factory):
+    notebook = nbformat.read(HERE / "notebooks" / "quickstart.ipynb", as_version=4)
+    assert all(not cell.get("outputs") for cell in notebook.cells), "commit the notebook without outputs"
+    # This Python, whatever kernels are installed; the kernel's own pins (x64, devices) are the notebook's business.
+    client = nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": HERE}})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_PLATFORMS", "cpu")
+        patch.setenv("MPLBACKEND", "agg")
+        patch.delenv("XLA_FLAGS", raising=False)
+        client.execute()
+    streams = [o["text"] for o in notebook.cells[-1]["outputs"] if o["output_type"] == "stream" and o["name"] == "stdout"]
+    return json.loads("".join(streams))
+
+
+def test_measured_orders(numbers):
+    assert numbers["reference_error"] < 1e-8
+    for name, order in ORDERS.items():
+        assert order - 0.1 < numbers["slopes"][name] < order + 0.6, name
+
+
+def test_few_steps_and_own_code(numbers):
+    rms = numbers["rms_few"]
+    assert rms["UniPC(3)"] < rms["DPM-Solver++(2M)"] < rms["DDIM"]
+    assert numbers["to_points"] < 0.01
+    assert numbers["rms_own"] < rms["DDIM"]
+    assert abs(numbers["sde_std"] - numbers["data_std"]) < 0.1
