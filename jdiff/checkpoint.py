@@ -73,21 +73,44 @@ def restore(directory: str | os.PathLike, step: int, like: Mapping[str, PyTree])
     `jax.ShapeDtypeStruct` with a sharding). CheckpointError says what could not be read and what to do.
     """
     import orbax.checkpoint as ocp
+    from etils import epath
 
     trees = {name: ocp.args.StandardRestore(_abstract(tree)) for name, tree in like.items()}
+    folder = epath.Path(Path(directory).absolute() / str(step))
     try:
+        for name, tree in like.items():
+            _check_arrays(f"{folder}/{name}", ocp.StandardCheckpointHandler().metadata(folder / name), tree)
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
-            folder = Path(directory).absolute() / str(step)
             found = reader.restore(folder, args=ocp.args.Composite(**trees, meta=ocp.args.JsonRestore()))
             return {name: found[name] for name in (*like, "meta")}
+    except CheckpointError:
+        raise
     except Exception as error:  # Orbax and TensorStore raise whatever they like
         others = [s for s in steps(directory) if s != step]
         hint = f"; delete {Path(directory) / str(step)} to go on from step {max(others)}" if others else ""
         reason = str(error).strip().split("\n")[0][:300]
         raise CheckpointError(
-            f"checkpoint {Path(directory) / str(step)} cannot be read: it is damaged, or holds other arrays "
+            f"checkpoint {Path(directory) / str(step)} cannot be read: it is damaged "
             f"({type(error).__name__}: {reason}){hint}"
         ) from error
+
+
+def _check_arrays(where: str, found: Any, like: PyTree) -> None:
+    """CheckpointError that names the arrays in which a saved tree (Orbax's metadata) and `like` differ."""
+    describe = lambda tree: {
+        name: f"{x.dtype}{list(x.shape)}" for name, x in zip(_names(tree), jax.tree.leaves(tree), strict=True)
+    }
+    a, b, nothing = describe(getattr(found, "tree", found)), describe(like), "not there"
+    wrong = [n for n in sorted({*a, *b}) if a.get(n) != b.get(n)]
+    if wrong:
+        text = "; ".join(f"{n} is {a.get(n, nothing)}, expected {b.get(n, nothing)}" for n in wrong[:5])
+        raise CheckpointError(f"{where} is of another configuration: {len(wrong)} arrays differ: {text}")
+
+
+def _names(tree: PyTree) -> list[str]:
+    """One dotted name a leaf; dictionary keys, list places and field names look alike."""
+    part = lambda k: str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k))))
+    return [".".join(map(part, path)) for path, _ in jax.tree.leaves_with_path(tree)]
 
 
 def _abstract(tree: PyTree) -> PyTree:
@@ -111,7 +134,7 @@ def check_same(found: Mapping[str, Any], wanted: Mapping[str, Any], where: str) 
     found, wanted = (json.loads(json.dumps(dict(c))) for c in (found, wanted))
     nothing = "not there"
     pairs = {k: (found.get(k, nothing), wanted.get(k, nothing)) for k in sorted({*found, *wanted})}
-    wrong = [f"{k} is {b!r} here, {a!r} there" for k, (a, b) in pairs.items() if a != b]
+    wrong = [f"{k} is {a!r} there, {b!r} in this command" for k, (a, b) in pairs.items() if a != b]
     if wrong:
         raise CheckpointError(
             f"{where} belongs to another configuration: {'; '.join(wrong)}. Give the old values to go on with it, "
@@ -196,11 +219,6 @@ def _merge(graph: Any, params: PyTree) -> Any:
 
 
 # ------------------------------------------------------------------------------------------------- one-file form
-def _names(params: PyTree) -> list[str]:
-    paths, _ = jax.tree.flatten_with_path(params)
-    return [".".join(str(getattr(k, "key", getattr(k, "idx", k))) for k in path) for path, _ in paths]
-
-
 def export_safetensors(
     path: str | os.PathLike, file: str | os.PathLike, ema: float | None = None, step: int | None = None
 ) -> None:

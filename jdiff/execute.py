@@ -177,7 +177,7 @@ def _report(bad: Array, tableau: Tableau) -> None:
         k, what = min(found, key=lambda f: f[0])
         raise FloatingPointError(
             f"{tableau.record.name}: non-finite values first in {what}, at evaluation {k} of {tableau.nfe}, "
-            f"t = {np.asarray(tableau.t[k - 1])}"
+            f"t = {np.array2string(np.asarray(tableau.t[k - 1]), precision=6)}"
         )
 
 
@@ -197,7 +197,7 @@ def _checked(denoiser: Denoiser, tableau: Tableau, x: PyTree, key: Array | None)
         )
     if tableau.stochastic:
         _key(key)
-    if not isinstance(tableau.A, Tracer):
+    if not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(tableau)):
         tableau.validate()
     x = jax.tree.map(jnp.asarray, x)
     leaves = jax.tree.leaves(x)

@@ -232,7 +232,7 @@ def meta(config: TrainConfig, net: Any, dataset: Any) -> dict[str, Any]:
             "num_classes": dataset.num_classes,
             "n": len(dataset),
         },
-        "random": frozen(config)["random"],
+        "key": np.asarray(jax.random.key_data(jax.random.key(config.seed))).tolist(),
         "versions": versions,
     }
 
@@ -240,6 +240,5 @@ def meta(config: TrainConfig, net: Any, dataset: Any) -> dict[str, Any]:
 def frozen(config: TrainConfig) -> dict[str, Any]:
     """What must stay the same when a run is resumed: fields of the configuration, and how random bits are made."""
     may = (*MAY_CHANGE, "steps") if config.schedule == "constant" else MAY_CHANGE
-    key = np.asarray(jax.random.key_data(jax.random.key(config.seed))).tolist()
-    random = [str(jax.config.jax_default_prng_impl), bool(jax.config.jax_threefry_partitionable), key]
+    random = [str(jax.config.jax_default_prng_impl), bool(jax.config.jax_threefry_partitionable)]
     return {k: v for k, v in asdict(config).items() if k not in may} | {"random": random}

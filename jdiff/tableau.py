@@ -9,6 +9,7 @@ and an argument of the compiled program: another grid of the same length, or ano
 prints formulas back.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -136,6 +137,24 @@ class Tableau:
                 if name and formula != name:
                     lines.append(f"                {name} = {formula}")
         return "\n".join(lines)
+
+
+def stack(tables: Sequence[Tableau], shape: tuple[int, ...]) -> Tableau:
+    """One tableau from prod(shape) scalar ones of equal K: element e of the sample runs tables[e].
+
+    How a time grid an element (a frame, a token, a pixel) becomes a solver: registers and noises are elementwise, so
+    each element may use them in its own way; the widest sets their number.
+    """
+    R, Z = max(T.registers for T in tables), max(T.noises for T in tables)
+
+    def joined(name: str, *lead: int) -> np.ndarray:
+        values = [np.asarray(getattr(T, name)) for T in tables]
+        padded = [np.pad(v, [(0, n - m) for n, m in zip(lead, v.shape, strict=True)]) for v in values]
+        return np.stack(padded, -1).reshape(*lead, *shape)
+
+    K, O = tables[0].nfe, tables[0].record.outputs
+    rows = joined("t", K), joined("A", K, R, R), joined("B", K, R, O), joined("C", K, R, Z)
+    return Tableau(*rows, joined("h0", R), joined("c0", R, Z), max(tables, key=lambda T: T.registers).record)
 
 
 def _noise(row: Any) -> list[tuple[Any, str]]:

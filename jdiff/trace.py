@@ -21,7 +21,7 @@ import numpy as np
 
 from jdiff.predict import convert
 from jdiff.process import Process
-from jdiff.tableau import Record, Tableau
+from jdiff.tableau import Record, Tableau, stack
 
 
 Value = Any  # in a sampler: a symbol; the same formulas run on arrays of the sample's shape too
@@ -129,7 +129,7 @@ def grid(process: Process, times: Any) -> Grid:
 class Solver:
     """A builder: `solver(process, times)` is a Tableau. Made by the functions of `jdiff.solvers`.
 
-    `sampler(g, x, model, noise)` states the formulas. `cost(n)` is the NFE of n steps that end at sigma = 0.
+    `sampler(g, x, model, noise)` states the formulas, on one grid. `cost(n)` is the NFE of n steps that end at sigma = 0.
     """
 
     name: str
@@ -141,6 +141,12 @@ class Solver:
     stochastic: bool = False
 
     def __call__(self, process: Process, times: Any) -> Tableau:
+        """times (n + 1,), or (n + 1, *d): a grid for each element of a sample of shape *d (or one that broadcasts)."""
+        if np.ndim(times) > 1:
+            times = process.check_times(times)
+            columns = times.reshape(len(times), -1).T
+            each = {tuple(c): self(process, c) for c in np.unique(columns, axis=0)}
+            return stack([each[tuple(c)] for c in columns], times.shape[1:])
         g = grid(process, times)
         if g.n < self.min_steps:
             raise ValueError(f"{self.name} needs at least {self.min_steps} steps, got {g.n} from {g.n + 1} times")

@@ -185,6 +185,7 @@ def train(
                 continue
             read = jax.device_get(sums)
             if read.first_bad >= 0:
+                checkpoints.wait_until_finished()
                 raise FloatingPointError(_bad(int(read.first_bad), out))
             if due(config.log_every):
                 seconds = clock.read()

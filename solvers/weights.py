@@ -6,6 +6,10 @@ from collections.abc import Callable
 import numpy as np
 
 
+_GAUSS = np.polynomial.legendre.leggauss(16)
+_LAGUERRE = np.polynomial.laguerre.laggauss(32)
+
+
 def moments(h: float, n: int) -> np.ndarray:
     """m_k(h) = int_0^h e^(u - h) (u/h)^k / k! du for k < n, (n,); also at h = inf, where m_k = 1/k!.
 
@@ -33,7 +37,7 @@ def lagrange(nodes: np.ndarray, u: np.ndarray) -> np.ndarray:
 
 def quadrature(f: Callable[[np.ndarray], np.ndarray], a: float, b: float, panels: int = 16) -> np.ndarray:
     """int_a^b f by composite Gauss-Legendre, 16 points a panel; f maps (m,) to (..., m)."""
-    x, w = np.polynomial.legendre.leggauss(16)
+    x, w = _GAUSS
     edges = np.linspace(a, b, panels + 1)
     half = 0.5 * np.diff(edges)
     points = (edges[:-1] + half)[:, None] + half[:, None] * x
@@ -42,5 +46,5 @@ def quadrature(f: Callable[[np.ndarray], np.ndarray], a: float, b: float, panels
 
 def laguerre(f: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
     """int_0^inf e^(-u) f(u) du by Gauss-Laguerre, exact for polynomials f of degree < 64."""
-    x, w = np.polynomial.laguerre.laggauss(32)
+    x, w = _LAGUERRE
     return f(x) @ w

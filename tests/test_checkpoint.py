@@ -59,7 +59,7 @@ def test_length_of_the_average_is_chosen_after_training(result):
     short, long = map(flat, result.state.ema)
     share = (flat(middle) - long) @ (short - long) / ((short - long) @ (short - long))
     assert times == list(range(2, STEPS + 1, 2)) and 0.2 < share < 0.8
-    with pytest.raises(CheckpointError, match="sigma_rel 0.01 at step 32: 16 snapshots .* take snapshots more often"):
+    with pytest.raises(CheckpointError, match=r"sigma_rel 0.01 at step 32: 16 snapshots .* take snapshots more often"):
         checkpoint.load_params(result.out, ema=0.01)
 
 
@@ -97,6 +97,7 @@ def damage_largest(folder, how):
     how(file)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax drops its coroutines
 @pytest.mark.parametrize("how", ["truncated", "missing"])
 def test_damaged_files(copy, how):
     cut = (lambda p: p.write_bytes(p.read_bytes()[: p.stat().st_size // 2])) if how == "truncated" else Path.unlink
@@ -143,20 +144,22 @@ def test_a_step_that_is_not_there(result):
         checkpoint.load_params(result.out, step=20)
 
 
-def test_restore_of_other_arrays_is_refused(result):
+def test_other_arrays_are_refused_by_name(result):
     other = {"params": {"w": jnp.ones((3, 2))}}
-    with pytest.raises(CheckpointError, match="holds other arrays"):
+    with pytest.raises(CheckpointError, match=r"params is of another configuration: .* arrays differ: blocks"):
         checkpoint.restore(result.out / "checkpoints", STEPS, other)
     _, like, _ = checkpoint.load_params(result.out)
     wrong = jax.tree.map(lambda x: jax.ShapeDtypeStruct((*x.shape, 2), x.dtype), like)
-    with pytest.raises(CheckpointError, match="holds other arrays"):
+    with pytest.raises(CheckpointError, match=r"bias is float32\[1, 16\], expected float32\[1, 16, 2\]"):
         checkpoint.restore(result.out / "checkpoints", STEPS, {"params": wrong})
 
 
 def test_differences_are_named():
     same_config = {"a": 1, "b": (1, 2), "c": {"d": None}}
     checkpoint.check_same(same_config, {"a": 1, "b": [1, 2], "c": {"d": None}}, "x")
-    with pytest.raises(CheckpointError, match=r"x belongs .*: a is 1 here, 2 there; e is 'not there' here, 0 there\."):
+    with pytest.raises(
+        CheckpointError, match=r"x belongs .*: a is 1 there, 2 in this command; e is 'not there' there, 0 in"
+    ):
         checkpoint.check_same(same_config, same_config | {"a": 2, "e": 0}, "x")
 
 

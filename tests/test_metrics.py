@@ -151,7 +151,7 @@ def test_kernel_distance_sees_a_shift():
     far = metrics.kernel_distance(KEY, _normal(0), _normal(1, shift=1.0))
     assert float(far) > 10 * far.error and abs(float(near)) < 5 * near.error
     assert str(far).startswith("KID ") and " ± " in str(far) and "n=400 vs 400" in str(far)
-    with pytest.raises(ValueError, match="at least 20 samples.*got 19 and 400"):
+    with pytest.raises(ValueError, match=r"at least 20 samples.*got 19 and 400"):
         metrics.kernel_distance(KEY, _normal(0, 19), _normal(1))
 
 
@@ -195,7 +195,7 @@ def test_precision_recall_against_numpy(k):
     assert 0.05 < float(precision) < 0.95 and abs(float(precision) - float(recall)) > 0.05
     assert float(precision) == pytest.approx(inside(a, b), abs=1e-6)
     assert float(recall) == pytest.approx(inside(b, a), abs=1e-6)
-    with pytest.raises(ValueError, match="at least 4 samples.*got 3 and"):
+    with pytest.raises(ValueError, match=r"at least 4 samples.*got 3 and"):
         metrics.precision_recall(x[:3], y, 3)
 
 

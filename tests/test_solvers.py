@@ -136,7 +136,8 @@ ORDERS = {k: s for k, s in VARIANTS.items() if not s.stochastic} | {
 @pytest.mark.parametrize("name", ORDERS)
 @pytest.mark.parametrize("p", [process.vp_linear(), process.flow()], ids=["vp", "flow"])
 def test_order_on_a_gaussian(name, p):
-    ns = (64, 128, 256, 512) if ORDERS[name].name == "deis" else (32, 64, 128, 256)  # in rho the limit comes late
+    # In rho Adams-Bashforth comes near its limit late: 3.84 at 64 steps, 3.92 at 128.
+    ns = (64, 128, 256, 512) if name.startswith("deis_4") or "rho" in name else (16, 32, 64, 128)
     assert slope(ORDERS[name], p, ns) >= ORDERS[name].order - 0.1
 
 

@@ -91,16 +91,20 @@ def from_arrays(name: str, images, labels, class_names, max_value: int = 255) ->
 def digits(split: str = "all") -> Dataset:
     """1,797 handwritten digits, 8 x 8 grey, from 13 writers (UCI, CC BY 4.0; see DIGITS_LICENSE.md).
 
-    split: "all" (in the order of the source), or one of two fixed random halves, "train" (898) and "test"
-    (899): halves, so that a distance of n samples to one half has a floor, the other half, at the same n.
+    split: "all" (in the order of the source), or one of two fixed halves, "train" (898) and "test" (899),
+    drawn at random within each class, so that their class counts differ by one at most. They are halves so
+    that a distance of n samples to one has a floor, that of the other, at the same n.
     """
     if split not in ("all", "train", "test"):
         raise ValueError(f'digits has the splits "all", "train" and "test", got {split!r}')
     with np.load(Path(__file__).parent / "digits.npz") as file:
         images, labels = file["images"][..., None], file["labels"]
-    order = permutation(len(labels), 0, 0)
-    rows = {"all": np.arange(len(labels)), "train": order[:898], "test": order[898:]}[split]
-    return from_arrays(f"digits/{split}", images[rows], labels[rows], map(str, range(10)), max_value=16)
+    if split != "all":
+        order = permutation(len(labels), 0, 0)
+        by_class = order[np.argsort(labels[order], kind="stable")]
+        rows = np.sort(by_class[1::2] if split == "train" else by_class[::2])
+        images, labels = images[rows], labels[rows]
+    return from_arrays(f"digits/{split}", images, labels, map(str, range(10)), max_value=16)
 
 
 def load(

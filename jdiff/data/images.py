@@ -52,7 +52,8 @@ def fit(image, size: int | None):
 
     side, (w, h) = min(image.size), image.size
     left, top = (w - side) // 2, (h - side) // 2
-    return image.resize((size, size), Image.Resampling.BICUBIC, (left, top, left + side, top + side))
+    square = image.crop((left, top, left + side, top + side))  # `resize(box=...)` would look beyond the box
+    return square.resize((size, size), Image.Resampling.BICUBIC)
 
 
 def track(items: Iterable, what: str, total: int) -> Iterable:

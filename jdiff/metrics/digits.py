@@ -66,8 +66,9 @@ def digit_features() -> Callable[[Float[Array, "b 8 8 1"]], Float[Array, "b 32"]
 
     Those of a classifier that never saw the split "test" (`python -m jdiff.metrics.train_digits` made it),
     of mean 0 and standard deviation 1 over the split "train"; 32 of them, so that the 898 images of one half
-    determine a covariance. As the classifier knows the train half, it is farther from the test half than two
-    random halves are from one another: a Fréchet distance of 0.58 against 0.31.
+    determine a covariance. That the classifier knows the train half does not show: its Fréchet distance to the
+    test half is 0.17, and 0.17 ± 0.03 between other halves of equal classes. Classes at random cost as much
+    again (0.30 between halves cut without regard to class): give samples the class counts of the reference.
     """
     params, _ = load_weights()
     features = jax.jit(lambda images: (embed_digits(params, images) - params["mean"]) / params["std"])

@@ -5,6 +5,7 @@ from functools import lru_cache, partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Num, PRNGKeyArray
 
@@ -45,8 +46,8 @@ def rbf(bandwidth: float) -> Kernel:
 
 def kernel_distance(
     key: PRNGKeyArray,
-    samples: Num[Array, "n d"],
-    reference: Num[Array, "m d"],
+    samples: Num[Array | np.ndarray, "n d"],
+    reference: Num[Array | np.ndarray, "m d"],
     *,
     kernel: Kernel = cubic,
     blocks: int = 10,

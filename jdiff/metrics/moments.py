@@ -29,10 +29,10 @@ class Moments(NamedTuple):
         """Of no sample yet."""
         return cls(jnp.int32(0), jnp.zeros(dim, jnp.float32), jnp.zeros((dim, dim), jnp.float32))
 
-    def update(self, features: Num[Array, "b d"], mask: Bool[Array, "b"] | None = None) -> "Moments":
+    def update(self, features: Num[Array | np.ndarray, "b d"], mask: Bool[Array, "b"] | None = None) -> "Moments":
         """With a batch (b, d) more; rows where `mask` is False (padding) do not count."""
         mask = jnp.ones(features.shape[0], bool) if mask is None else mask
-        return self.merge(_batch_moments(features.astype(jnp.float32), mask))
+        return self.merge(_batch_moments(jnp.asarray(features, jnp.float32), mask))
 
     def merge(self, other: "Moments") -> "Moments":
         """Of both sets of samples together."""

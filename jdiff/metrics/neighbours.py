@@ -4,6 +4,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Num
 
@@ -12,8 +13,8 @@ from .result import Result, any_mesh, checked
 
 
 def precision_recall(
-    samples: Num[Array, "n d"],
-    reference: Num[Array, "m d"],
+    samples: Num[Array | np.ndarray, "n d"],
+    reference: Num[Array | np.ndarray, "m d"],
     k: int = 3,
     *,
     block: int = 1024,

@@ -6,6 +6,7 @@ from functools import wraps
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Num
 
@@ -36,7 +37,7 @@ class Result:
         return f"{self.metric} {self.value:.4g}{error} ({where})"
 
 
-def checked(a: Num[Array, "n d"], b: Num[Array, "m d"], least: int) -> tuple[Array, Array]:
+def checked(a: Num[Array | np.ndarray, "n d"], b: Num[Array | np.ndarray, "m d"], least: int) -> tuple[Array, Array]:
     """Both feature sets as floating-point arrays (float32 at least); ValueError says what is wrong."""
     a, b = (x if x.dtype == jnp.float64 else x.astype(jnp.float32) for x in (jnp.asarray(a), jnp.asarray(b)))
     if min(len(a), len(b)) < least:

@@ -11,8 +11,8 @@ from .result import Result, any_mesh, checked
 
 def sliced_wasserstein(
     key: PRNGKeyArray,
-    samples: Num[Array, "n d"],
-    reference: Num[Array, "m d"],
+    samples: Num[Array | np.ndarray, "n d"],
+    reference: Num[Array | np.ndarray, "m d"],
     projections: int = 256,
     *,
     features: str = "unnamed",

@@ -34,7 +34,7 @@ def distort(key, image):
 
 @jax.jit
 def accuracy(params, images, labels):
-    return jnp.mean(classify_digits(params, images).argmax(1) == labels)
+    return jnp.mean(classify_digits(params, images).argmax(1).astype(labels.dtype) == labels)
 
 
 def train(seed: int):
