@@ -78,7 +78,8 @@ def main():
         return jax.lax.scan(lambda x, t: (network(params, x, t), None), x, ts)[0]
 
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
-    print(f"{args.net}, {count / 1e6:.1f} M parameters, x {x.shape} {x.dtype}, K = {args.nfe}, {args.repeats} pairs, on {jax.default_backend()}")  # fmt: skip
+    print(f"{args.net}, {count / 1e6:.1f} M parameters, x {x.shape} {x.dtype}, on {jax.default_backend()}")
+    print(f"K = {args.nfe} evaluations, {args.repeats} pairs of measurements, network and sample in turn")
     programs = {}
     for name in args.solvers:
         solver = SOLVERS[name]
@@ -87,7 +88,7 @@ def main():
             parser.error(f"{name} makes {table.nfe} evaluations, not {args.nfe}: choose an odd --nfe")
         programs[f"{name} (R = {table.registers})"] = lambda table=table: jdiff.sample(denoiser, table, x, key)
     if args.scan:
-        programs["bare scan"] = lambda ts=jnp.linspace(80.0, 0.1, args.nfe): scan(params, x, ts)
+        programs["bare scan"] = lambda: scan(params, x, jnp.linspace(80.0, 0.1, args.nfe))
     print(f"{'':24}{'ratio':>7}  quartiles      network    sample (median s)")
     for name, program in programs.items():
         (base, ours), (low, mid, high) = compare(calls, program, args.repeats)

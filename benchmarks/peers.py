@@ -186,7 +186,8 @@ def summary(args, rms):
                 order = sorted(cell, key=cell.__getitem__)
                 best, beat = cell[order[0]], BEST[model, start][NFE.index(nfe)]
                 won, total = won + (best < beat), total + 1
-                print(f"{model:7}{start:5}{nfe:4} {best:8.2g} / {beat:8.2g} = {best / beat:5.2f}  {', '.join(order[0])}")
+                cell_name = f"{model:7}{start:5}{nfe:4}"
+                print(f"{cell_name} {best:8.2g} / {beat:8.2g} = {best / beat:5.2f}  {', '.join(order[0])}")
                 for k in order[1 : args.top]:
                     print(f"{'':17}{cell[k]:8.2g} {'':19} {', '.join(k)}")
     print(f"{won} of {total} cells better than every published sampler of the survey")
@@ -194,7 +195,7 @@ def summary(args, rms):
     for low, high in ((5, 6), (8, 10), (15, 20), (50, 100)):
         if not any(low <= nfe <= high for nfe in args.nfe):
             continue
-        print(f"\nNFE {low} to {high}: geometric mean over cells of rms / best published, each solver on its best grids")
+        print(f"\nNFE {low} to {high}: geometric mean over cells of rms / best published; each solver's best grids")
         logs = collections.defaultdict(list)
         for (model, start, nfe, *setup), value in rms.items():
             if low <= nfe <= high:
@@ -208,8 +209,8 @@ def summary(args, rms):
         print("\nset-ups of the survey, ours / theirs: the difference is the draw of the starting noise")
         for (*setup, start), values in SAME.items():
             for model, numbers in values.items():
-                pairs = zip((5, 8, 10, 20, 50), numbers, strict=True)
-                ratios = [f"{nfe}: {rms[model, start, nfe, *setup] / v:.2f}" for nfe, v in pairs if (model, start, nfe, *setup) in rms]  # fmt: skip
+                pairs = [((model, start, n, *setup), v) for n, v in zip((5, 8, 10, 20, 50), numbers, strict=True)]
+                ratios = [f"{key[2]}: {rms[key] / v:.2f}" for key, v in pairs if key in rms]
                 print(f"  {', '.join(setup):24}{start:5}{model:7}" + "  ".join(ratios))
 
 

@@ -10,7 +10,7 @@ Guidance, caches and thresholds are functions Denoiser -> Denoiser.
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -37,6 +37,12 @@ class Denoiser:
             fn = getattr(self, name)
             if callable(fn) and not isinstance(fn, Partial):
                 object.__setattr__(self, name, Partial(fn))
+
+    def with_cond(self, cond: PyTree | None) -> "Denoiser":
+        """The same lifted function with another `cond`. TypeError for a denoiser that `jdiff.denoiser` did not make."""
+        if not isinstance(self.apply, Partial) or self.apply.func is not _call:
+            raise TypeError("with_cond: only a function or module lifted by jdiff.denoiser has a condition to replace")
+        return replace(self, apply=Partial(_call, self.apply.args[0], cond))
 
     def __call__(self, x: PyTree, t: Time, kind: str = "x0") -> PyTree:
         """The prediction at (x, t) as `kind`, with a fresh carry: one look at the model, outside any sampler."""

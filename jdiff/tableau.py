@@ -78,6 +78,17 @@ class Tableau:
     def replace(self, **changes: Any) -> "Tableau":
         return replace(self, **changes)
 
+    def pad(self, registers: int, noises: int) -> "Tableau":
+        """The same solver with idle registers and noises, so that solvers of one K share one compiled program."""
+        extra = {"R": registers - self.registers, "Z": noises - self.noises}
+        if min(extra.values()) < 0:
+            raise ValueError(f"pad: {self.record.name} has {self.registers} registers, {self.noises} noises; got fewer")
+        axes = {"A": ".RR", "B": ".R.", "C": ".RZ", "h0": "R", "c0": "RZ"}
+        wide = lambda v, ax: np.pad(v, [(0, extra.get(a, 0)) for a in ax] + [(0, 0)] * (np.ndim(v) - len(ax)))
+        names = tuple(n + ("",) * extra["R"] for n in self.record.names)
+        arrays = {name: wide(np.asarray(getattr(self, name)), ax) for name, ax in axes.items()}
+        return replace(self, **arrays, record=replace(self.record, names=names))
+
     def validate(self) -> "Tableau":
         """Check shapes and entries on the host; returns the tableau. ValueError names the first bad entry."""
         K, R, Z, O = self.nfe, self.registers, self.noises, self.record.outputs
@@ -146,15 +157,12 @@ def stack(tables: Sequence[Tableau], shape: tuple[int, ...]) -> Tableau:
     each element may use them in its own way; the widest sets their number.
     """
     R, Z = max(T.registers for T in tables), max(T.noises for T in tables)
-
-    def joined(name: str, *lead: int) -> np.ndarray:
-        values = [np.asarray(getattr(T, name)) for T in tables]
-        padded = [np.pad(v, [(0, n - m) for n, m in zip(lead, v.shape, strict=True)]) for v in values]
-        return np.stack(padded, -1).reshape(*lead, *shape)
-
-    K, O = tables[0].nfe, tables[0].record.outputs
-    rows = joined("t", K), joined("A", K, R, R), joined("B", K, R, O), joined("C", K, R, Z)
-    return Tableau(*rows, joined("h0", R), joined("c0", R, Z), max(tables, key=lambda T: T.registers).record)
+    tables = [T.pad(R, Z) for T in tables]
+    if len({T.nfe for T in tables}) > 1:
+        raise ValueError(f"stack: the tableaux have {sorted({T.nfe for T in tables})} evaluations; expected one number")
+    join = lambda *arrays: np.stack(arrays, -1).reshape(*np.shape(arrays[0]), *shape)
+    arrays = {name: join(*(getattr(T, name) for T in tables)) for name in ("t", "A", "B", "C", "h0", "c0")}
+    return tables[0].replace(**arrays)
 
 
 def _noise(row: Any) -> list[tuple[Any, str]]:

@@ -23,7 +23,6 @@ from jdiff.predict import convert
 from jdiff.process import Process
 from jdiff.tableau import Record, Tableau, stack
 
-
 Value = Any  # in a sampler: a symbol; the same formulas run on arrays of the sample's shape too
 Model = Callable[..., Value]  # model(x, t, kind="x0", label="")
 Noise = Callable[[], Value]

@@ -24,8 +24,10 @@ from .layers import (
     zeros,
 )
 
+Resampling = Literal["same", "down", "up"]
 
-def resample(x: Float[Array, "b h w c"], to: Literal["same", "down", "up"]) -> Float[Array, "b h2 w2 c"]:
+
+def resample(x: Float[Array, "b h w c"], to: Resampling) -> Float[Array, "b h2 w2 c"]:
     """Half the size by averaging 2 x 2 pixels, twice the size by repeating them, or x."""
     if to == "down":
         return reduce(x, "b (h p) (w q) c -> b h w c", "mean", p=2, q=2)
@@ -50,7 +52,7 @@ class Block(nnx.Module):
         cond: int,
         *,
         level: int,
-        to: Literal["same", "down", "up"] = "same",
+        to: Resampling = "same",
         heads: int = 0,
         attention: Attention | None = None,
         dtype: DTypeLike,
@@ -58,7 +60,8 @@ class Block(nnx.Module):
         rngs: nnx.Rngs,
     ):
         options: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.level, self.to = level, to
+        self.level = level
+        self.to: Resampling = to
         self.norm_in = GroupNorm(channels, param_dtype)
         self.conv_in = nnx.Conv(channels, out, (3, 3), kernel_init=xavier, **options)
         self.modulation = nnx.Linear(cond, 2 * out, kernel_init=xavier, **options)

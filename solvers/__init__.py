@@ -3,8 +3,10 @@
 `ALL` maps every name to its function; tests, benchmarks, tables and the command line iterate over it.
 """
 
+import ast
 import difflib
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from jdiff.trace import Solver
@@ -23,13 +25,39 @@ ALL: dict[str, Callable[..., Solver]] = {
 }
 
 
+def unknown(kind: str, name: str, known: Iterable[str]) -> str:
+    """What to say of an unknown name: the nearest known ones, or all."""
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=2, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known)}"
+    return f"unknown {kind} {name!r}; {hint}"
+
+
 def get(name: str, **options: Any) -> Solver:
-    """The solver called `name`. ValueError for an unknown one, with the nearest names."""
+    """The solver called `name`. ValueError for an unknown one, with the nearest names, or for an unknown option."""
     if name not in ALL:
-        near = difflib.get_close_matches(name, ALL, n=3, cutoff=0.4)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(ALL)}"
-        raise ValueError(f"unknown solver {name!r}; {hint}")
+        raise ValueError(unknown("solver", name, ALL))
+    known = inspect.signature(ALL[name]).parameters
+    for option in options:
+        if option not in known:
+            raise ValueError(unknown(f"option of {name}", option, known))
     return ALL[name](**options)
 
 
-__all__ = ["ALL", "Solver", "ddim", "ddpm", "deis", "dpm_solver_pp", "euler", "get", "heun", "unipc"]
+def parse(text: str) -> Solver:
+    """A solver from text: "unipc", or "dpm_solver_pp(order=3, eta=1.0)". ValueError for anything else."""
+    try:
+        node = ast.parse(text.strip(), mode="eval").body
+        if isinstance(node, ast.Name):
+            return get(node.id)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.args:
+            options = {k.arg: ast.literal_eval(k.value) for k in node.keywords if k.arg}
+            return get(node.func.id, **options)
+    except SyntaxError:
+        pass
+    raise ValueError(f"cannot read the solver {text!r}; write a name, or name(option=value, ...)")
+
+
+__all__ = [
+    "ALL", "Solver", "ddim", "ddpm", "deis", "dpm_solver_pp", "euler", "get", "heun", "parse", "unipc", "unknown",
+]  # fmt: skip

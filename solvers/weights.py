@@ -5,7 +5,6 @@ from collections.abc import Callable
 
 import numpy as np
 
-
 _GAUSS = np.polynomial.legendre.leggauss(16)
 _LAGUERRE = np.polynomial.laguerre.laggauss(32)
 

@@ -92,16 +92,17 @@ def test_safetensors_of_another_net(result, tmp_path):
         checkpoint.load_params(file)
 
 
-def damage_largest(folder, how):
-    file = max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
-    how(file)
-
-
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax drops its coroutines
-@pytest.mark.parametrize("how", ["truncated", "missing"])
+@pytest.mark.parametrize("how", ["truncated", "flipped", "missing"])
 def test_damaged_files(copy, how):
-    cut = (lambda p: p.write_bytes(p.read_bytes()[: p.stat().st_size // 2])) if how == "truncated" else Path.unlink
-    damage_largest(copy / f"checkpoints/{STEPS}/params", cut)
+    half = lambda b: (b[: len(b) // 2], b[len(b) // 2], b[len(b) // 2 + 1 :])
+    cut = {
+        "truncated": lambda p: p.write_bytes(half(p.read_bytes())[0]),
+        "flipped": lambda p: p.write_bytes(b"%b%c%b" % ((h := half(p.read_bytes()))[0], h[1] ^ 16, h[2])),
+        "missing": Path.unlink,
+    }[how]
+    for file in copy.glob(f"checkpoints/{STEPS}/params/**/d/*"):  # which of them holds the data is TensorStore's
+        cut(file)
     with pytest.raises(CheckpointError, match=rf"checkpoints/{STEPS} cannot be read: .*; delete .* from step 16"):
         checkpoint.load_params(copy)
     config = TrainConfig(**result_config(copy), out=str(copy))

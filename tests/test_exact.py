@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import scipy.integrate
 import scipy.stats
+from test_process import PROCESSES
 
 import jdiff
 from jdiff import exact, process, solvers, times
-from test_process import PROCESSES
 
 each = pytest.mark.parametrize("p", PROCESSES.values(), ids=PROCESSES)
 RNG = np.random.default_rng(0)
@@ -65,7 +65,9 @@ def test_times_broadcast(p):
     rowwise = jnp.concatenate([D(x[i : i + 1], t[i]) for i in range(3)])
     np.testing.assert_allclose(D(x, t[:, None]), rowwise, rtol=1e-9)
     np.testing.assert_allclose(D(x, np.repeat(t[:, None], 4, 1)), rowwise, rtol=1e-8)
-    np.testing.assert_allclose(MIX.log_density(p, x, np.repeat(t[:, None], 4, 1)), MIX.log_density(p, x, t[:, None]), rtol=1e-9)
+    np.testing.assert_allclose(
+        MIX.log_density(p, x, np.repeat(t[:, None], 4, 1)), MIX.log_density(p, x, t[:, None]), rtol=1e-9
+    )
     mean, cov = RNG.normal(size=4), spd(4, 7)
     u = np.array([0.05, 0.3, 0.6, 0.95]) * p.t_max
     A, S = np.diag(p.alpha(u)), np.diag(p.sigma(u))
@@ -111,7 +113,9 @@ def test_samples_and_moments():
     np.testing.assert_array_equal(MIX.sample(jax.random.key(0), 7), MIX.sample(jax.random.key(0), 40)[:7])
 
 
-@pytest.mark.parametrize("solver", [solvers.ddpm(), solvers.heun(churn=5.0), solvers.unipc(3), solvers.dpm_solver_pp(2, eta=1.0)])
+@pytest.mark.parametrize(
+    "solver", [solvers.ddpm(), solvers.heun(churn=5.0), solvers.unipc(3), solvers.dpm_solver_pp(2, eta=1.0)]
+)
 def test_law_against_running_the_table(solver):
     """The closed-form law of a solver's output is what running it on many samples shows."""
     p = process.vp_linear()

@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_process import PROCESSES
 
 import jdiff
 from jdiff import predict, process
-from test_process import PROCESSES
 
 each = pytest.mark.parametrize("p", PROCESSES.values(), ids=PROCESSES)
 
@@ -99,4 +99,6 @@ def test_edm_preconditioning():
         np.testing.assert_allclose(seen["x"], x / std, rtol=1e-10)
         np.testing.assert_allclose(seen["t"], -0.25 * p.lam(t), rtol=1e-10)
     assert np.isfinite(jdiff.edm_precondition(network, process.flow())((), x, jnp.asarray(1.0))).all()
-    assert np.isfinite(jax.grad(lambda x: jdiff.edm_precondition(network, process.edm())((), x, jnp.asarray(0.0)).sum())(x)).all()
+    assert np.isfinite(
+        jax.grad(lambda x: jdiff.edm_precondition(network, process.edm())((), x, jnp.asarray(0.0)).sum())(x)
+    ).all()

@@ -66,7 +66,9 @@ def test_known_values():
     bars = np.cumprod(1 - np.linspace(1e-4, 2e-2, 1000))
     np.testing.assert_allclose(discrete.alpha((np.arange(1000) + 1) / 1000) ** 2, bars, rtol=1e-12)
     cosine = lambda t: np.cos(np.pi / 2 * (t + 0.008) / 1.008)
-    np.testing.assert_allclose(PROCESSES["vp_cosine"].alpha(np.linspace(0, 0.9, 9)), cosine(np.linspace(0, 0.9, 9)) / cosine(0))
+    np.testing.assert_allclose(
+        PROCESSES["vp_cosine"].alpha(np.linspace(0, 0.9, 9)), cosine(np.linspace(0, 0.9, 9)) / cosine(0)
+    )
     assert abs(PROCESSES["vp_cosine"].alpha(1.0)) < 1e-16
     assert [q.prior_std for q in PROCESSES.values()] == [1, 1, 1, 80, 1]
 

@@ -71,7 +71,9 @@ def test_state_permutes_as_a_whole():
         state, _ = step(None, state, row(k))
     pick = jnp.array([3, 3, 0, 5, 1, 0])
     gather = lambda s: jax.tree.map(lambda a: a[pick], s)
-    np.testing.assert_allclose(step(None, gather(state), row(3))[0].x, gather(step(None, state, row(3))[0]).x, rtol=1e-12)
+    np.testing.assert_allclose(
+        step(None, gather(state), row(3))[0].x, gather(step(None, state, row(3))[0]).x, rtol=1e-12
+    )
     alone = state._replace(registers=(state.x[pick], *state.registers[1:]))
     assert np.abs(step(None, alone, row(3))[0].x - gather(step(None, state, row(3))[0]).x).max() > 1e-3
 
@@ -106,7 +108,12 @@ def test_trajectory():
 
 def test_callback_reports_from_inside_the_loop():
     seen = []
-    out = jdiff.sample(G.denoiser(P), solvers.ddim()(P, times.uniform(P, 6)), P.prior(KEY, (2, 2)), callback=lambda k: seen.append(int(k)))
+    out = jdiff.sample(
+        G.denoiser(P),
+        solvers.ddim()(P, times.uniform(P, 6)),
+        P.prior(KEY, (2, 2)),
+        callback=lambda k: seen.append(int(k)),
+    )
     jax.block_until_ready(out)
     jax.effects_barrier()
     assert sorted(seen) == [1, 2, 3, 4, 5, 6]
@@ -119,7 +126,9 @@ def test_pytrees_and_a_time_a_coordinate():
     out = jdiff.sample(halve, solvers.ddpm()(P, times.uniform(P, 4)), tree, KEY)
     alone = jdiff.sample(halve, solvers.ddim()(P, times.uniform(P, 4)), tree["label"])
     assert out["image"].shape == (3, 4, 2)
-    np.testing.assert_allclose(jdiff.sample(halve, solvers.ddim()(P, times.uniform(P, 4)), tree)["label"], alone, rtol=1e-6)
+    np.testing.assert_allclose(
+        jdiff.sample(halve, solvers.ddim()(P, times.uniform(P, 4)), tree)["label"], alone, rtol=1e-6
+    )
 
     # A time a coordinate: independent coordinates, so each must come out as with its own scalar grid.
     two = exact.gaussian([0.3, -0.5], [0.5, 0.2])
@@ -168,7 +177,9 @@ def test_guidance():
         np.testing.assert_allclose(guidance.cfg(con, apart, scale)(x, t, "eps"), 0.2 * x + expected, rtol=1e-5)
     assert calls == [6, 3, 6, 3, 6, 3]  # one batch of twice the size, or two calls of which one is `net`
     scales = jnp.asarray([[0.0], [1.0], [2.5]], jnp.float32)
-    np.testing.assert_allclose(guidance.cfg(con, unc, scales)(x, t, "eps") - 0.2 * x, [[-1, -1], [1, 1], [4, 4]], rtol=1e-5)
+    np.testing.assert_allclose(
+        guidance.cfg(con, unc, scales)(x, t, "eps") - 0.2 * x, [[-1, -1], [1, 1], [4, 4]], rtol=1e-5
+    )
     for t, expected in ((0.2, 1.0), (0.5, 4.0), (0.9, 1.0)):
         guided = guidance.cfg(con, unc, 2.5, interval=(0.3, 0.8))
         np.testing.assert_allclose(guided(x, t, "eps"), 0.2 * x + expected, rtol=1e-5)
@@ -205,7 +216,11 @@ def test_bad_input_is_one_clear_error_before_compilation():
         (lambda: jdiff.sample(den, T, jnp.ones((2, 2), int)), TypeError, "x has dtype int64"),
         (lambda: jdiff.sample(den, T, {"a": x, "b": x[:1]}), ValueError, r"shapes \[\(2, 2\), \(1, 2\)\]"),
         (lambda: jdiff.sample(den, T, {}), ValueError, "x is empty"),
-        (lambda: jdiff.sample(wrong_shape, T, x), ValueError, r"returned shape \(2, 1\) for a sample of shape \(2, 2\)"),
+        (
+            lambda: jdiff.sample(wrong_shape, T, x),
+            ValueError,
+            r"returned shape \(2, 1\) for a sample of shape \(2, 2\)",
+        ),
         (lambda: jdiff.sample(learned_variance, T, x), ValueError, "extra channels cut off"),
         (lambda: jdiff.sample(den, solvers.ddim()(process.flow(), [1.0, 0.5]), x), ValueError, "built for Flow"),
         (lambda: jdiff.sample(jdiff.denoiser(lambda x, t: (x, x), P, "x0"), T, x), ValueError, "one array for each"),

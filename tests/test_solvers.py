@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.integrate
+from test_process import PROCESSES
+from test_trace import VARIANTS
 
 import jdiff
 from jdiff import exact, process, solvers, times
-from test_process import PROCESSES
-from test_trace import VARIANTS
 
 each_process = pytest.mark.parametrize("p", PROCESSES.values(), ids=PROCESSES)
 EXACT_FOR_POINTS = {k: s for k, s in VARIANTS.items() if k not in ("euler_t", "heun_t")}
@@ -197,7 +197,9 @@ def test_mutants_fail_the_slope_test(order, wrong):
     assert slope(wrong, process.vp_linear(), grid=zigzag) < order - 0.1
 
 
-@pytest.mark.parametrize("right", [solvers.dpm_solver_pp(2), solvers.dpm_solver_pp(3), solvers.unipc(3), solvers.deis(4)])
+@pytest.mark.parametrize(
+    "right", [solvers.dpm_solver_pp(2), solvers.dpm_solver_pp(3), solvers.unipc(3), solvers.deis(4)]
+)
 def test_order_on_uneven_steps(right):
     assert slope(right, process.vp_linear(), (64, 128, 256, 512), grid=zigzag) >= right.order - 0.1
 

@@ -75,16 +75,20 @@ def _list(path: Path, split: str | None) -> tuple[list[str], Callable[[str], byt
         root = archive / split if split else archive
         names = [p.relative_to(root).as_posix() for p in root.rglob("*")]
 
-        def fetch(name):
+        def from_folder(name):
             return (root / name).read_bytes()
+
+        fetch = from_folder
     elif zipfile.is_zipfile(archive):
         zipped = zipfile.ZipFile(archive)
         root = f"{archive}/{split}" if split else archive
         prefix = f"{split}/" if split else ""
         names = [name.removeprefix(prefix) for name in zipped.namelist() if name.startswith(prefix)]
 
-        def fetch(name):
+        def from_zip(name):
             return zipped.read(prefix + name)
+
+        fetch = from_zip
     else:
         raise ValueError(f"{str(path)!r} is neither a folder nor a .zip archive that can be read")
     files = sorted(name for name in names if _is_image(PurePosixPath(name)))

@@ -11,8 +11,8 @@ from jaxtyping import Float32, UInt8
 def to_uint8(images) -> UInt8[np.ndarray, "..."]:
     """8-bit values of images in [-1, 1]: `round(clip(127.5 (x + 1), 0, 255))`, halves to the even number.
 
-    Everything that is written to a file or scored goes through this rule: two roundings in use elsewhere
-    (127.5 x + 128 truncated, (x + 1)/2 * 255 truncated) shift every pixel by up to one level.
+    Everything that is written to a file or scored goes through this rule. (127.5 x + 128 truncated, in use
+    elsewhere, is the same but for exact halves; 255 (x + 1)/2 truncated darkens images by half a level.)
 
     images: floating point, any shape, a NumPy or a JAX array. Raises ValueError if a value is not finite.
     """

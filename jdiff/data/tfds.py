@@ -3,6 +3,7 @@
 import difflib
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,7 +20,9 @@ def load_tfds(name: str, split: str, size: int | None, data_dir: str | os.PathLi
     Raises FileNotFoundError if the set is not prepared there as ArrayRecord, ValueError for an unknown split,
     or features that are not labelled uint8 images of one size (give `size` for several).
     """
-    import tensorflow_datasets as tfds
+    import tensorflow_datasets
+
+    tfds: Any = tensorflow_datasets  # its annotations are incomplete
 
     data_dir = None if data_dir is None else os.fspath(data_dir)
     where = data_dir or tfds.core.constants.DATA_DIR
@@ -47,8 +50,9 @@ def load_tfds(name: str, split: str, size: int | None, data_dir: str | os.PathLi
         images = np.stack([_resize(example["image"], size) for example in examples])
         return images, np.array([example.get("label", 0) for example in examples], np.int32)
 
-    shape = (size, size, image.shape[2]) if size else image.shape
-    return Dataset(f"tfds:{name}/{split}", len(source), tuple(shape), class_names, read)
+    height, width, channels = image.shape
+    shape = (size or height, size or width, channels)
+    return Dataset(f"tfds:{name}/{split}", len(source), shape, class_names, read)
 
 
 def _not_prepared(name: str, where: str) -> FileNotFoundError:

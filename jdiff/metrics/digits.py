@@ -71,6 +71,9 @@ def digit_features() -> Callable[[Float[Array, "b 8 8 1"]], Float[Array, "b 32"]
     again (0.30 between halves cut without regard to class): give samples the class counts of the reference.
     """
     params, _ = load_weights()
-    features = jax.jit(lambda images: (embed_digits(params, images) - params["mean"]) / params["std"])
+
+    def features(images):
+        return (embed_digits(params, images) - params["mean"]) / params["std"]
+
     features.__name__ = NAME
-    return features
+    return jax.jit(features)

@@ -82,7 +82,7 @@ def _block_estimates(key, samples, reference, kernel, blocks):
             return jax.random.permutation(key, x)[: size * blocks].reshape(blocks, size, -1)
 
         key_x, key_y = jax.random.split(key)
-        return lax.map(lambda xy: unbiased_mmd2(*xy, kernel), (cut(key_x, samples), cut(key_y, reference)))
+        return lax.map(lambda xy: unbiased_mmd2(xy[0], xy[1], kernel), (cut(key_x, samples), cut(key_y, reference)))
 
     return run(key, samples, reference)
 

@@ -33,11 +33,11 @@ def precision_recall(
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
     samples, reference = checked(samples, reference, k + 1)
-    inside = _inside(samples, reference, k, block)
-    n, m = len(samples), len(reference)
-    return tuple(
-        Result(f"{name}[k={k}]", float(value), n, m, features, reference_name)
-        for name, value in zip(("precision", "recall"), inside, strict=True)
+    precision, recall = _inside(samples, reference, k, block)
+    about = (len(samples), len(reference), features, reference_name)
+    return (
+        Result(f"precision[k={k}]", float(precision), *about),
+        Result(f"recall[k={k}]", float(recall), *about),
     )
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from jdiff.data import Dataset, from_uint8, to_uint8
 
@@ -15,7 +15,7 @@ from .neighbours import precision_recall
 from .result import Result
 from .sliced import sliced_wasserstein
 
-Features = Callable  # images (b, H, W, C), float32 in [-1, 1] -> (b, d)
+Features = Callable[[Array], Array]  # images (b, H, W, C), float32 in [-1, 1] -> (b, d)
 
 
 def embed(

@@ -29,7 +29,8 @@ def distort(key, image):
     matrix = jnp.eye(2) + 0.1 * jax.random.truncated_normal(key_matrix, -2.0, 2.0, (2, 2))
     shift = jax.random.uniform(key_shift, (2, 1), minval=-1.0, maxval=1.0)
     grid = jnp.indices((8, 8)).reshape(2, -1) - 3.5
-    return map_coordinates(image[..., 0], matrix @ grid + shift + 3.5, 1, cval=-1.0).reshape(8, 8, 1)
+    y, x = matrix @ grid + shift + 3.5
+    return map_coordinates(image[..., 0], (y, x), 1, cval=-1.0).reshape(8, 8, 1)
 
 
 @jax.jit

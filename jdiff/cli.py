@@ -1,0 +1,196 @@
+"""The command line: `jdiff train`, `jdiff sample`, `jdiff reproduce NAME`, `jdiff list`."""
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+HELP = """\
+[bold]jdiff[/]: diffusion and flow models in JAX
+
+[bold]Commands[/]
+  train             train a DiT or a UNet on images; started again, it goes on exactly where it was
+  sample RUN        sample a trained model with any solver; writes a PNG grid and an .npz
+  reproduce NAME    compute a paper's table again, with a plot and sample grids
+  list              what there is: processes, time grids, solvers, nets, experiments
+
+[bold]Examples[/]
+  jdiff train --out runs/digits --steps 2000
+  jdiff train --out runs/cifar --data cifar10.zip --net UNet-CIFAR --batch 64
+  jdiff sample runs/digits --solver unipc --nfe 10
+  jdiff sample runs/digits --solver "dpm_solver_pp(order=2, eta=1.0)" --nfe 25 --guidance 1.5 --label 7
+  jdiff reproduce fast-sampling
+
+`jdiff COMMAND --help` explains a command's options.
+"""
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """Sample a trained model.
+
+    Sample i depends on the seed and on i alone: another --batch, or more samples, give the same first ones.
+
+      jdiff sample runs/digits --solver unipc --nfe 10
+      jdiff sample runs/digits --solver "deis(order=3, variable='lam')" --grid karras --nfe 8 --n 100 --label 3
+    """
+
+    run: Any  # a folder that `jdiff train` wrote, or a .safetensors file
+    solver: str = "unipc"  # a name, or a name with options as in the examples; `jdiff list` shows them
+    nfe: int = 20  # network evaluations that may be spent (guidance doubles the cost of each)
+    grid: str = "logsnr"  # time grid: uniform, logsnr, karras, quadratic
+    n: int = 64  # how many samples
+    batch: int = 256  # how many at a time
+    label: int | None = None  # one class for all; none: the classes in turn, where the model has classes
+    guidance: float = 1.0  # classifier-free guidance scale; 1: none
+    ema: float | None = 0.10  # which average of the parameters, by sigma_rel; None: the raw ones
+    seed: int = 0  # of the noise
+    out: Path = Path("samples")  # writes OUT.png and OUT.npz
+    check: bool = False  # stop at non-finite values, naming the evaluation and its time
+
+
+def sample(config: SampleConfig) -> None:
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from rich.progress import track
+
+    import jdiff
+    from jdiff import checkpoint, data, guidance, solvers, times, train
+
+    solver = solvers.parse(config.solver)
+    if config.grid not in times.ALL:
+        raise ValueError(solvers.unknown("time grid", config.grid, times.ALL))
+    if config.n < 1 or config.batch < 1:
+        raise ValueError(f"--n and --batch must be at least 1, got n={config.n}, batch={config.batch}")
+    steps = solver.steps(config.nfe)
+    net, _, meta = checkpoint.load_params(config.run, config.ema)
+    classes = meta["net"]["num_classes"]
+    if config.label is not None and not 0 <= config.label < max(classes, 1):
+        raise ValueError(f"--label {config.label}: the model has {classes} classes, numbered from 0")
+    if config.label is not None and not classes:
+        raise ValueError("--label was given, but the model was trained without classes")
+    if config.guidance != 1.0 and not classes:
+        raise ValueError("--guidance needs a model with classes; this one was trained without")
+    if config.guidance != 1.0 and not (net.null_class and meta["config"]["label_dropout"] > 0):
+        raise ValueError("--guidance needs a model with a null class: train it with --label-dropout 0.1, say")
+
+    labels = np.full(config.n, config.label) if config.label is not None else np.arange(config.n) % max(classes, 1)
+    null = np.full(config.n, net.null_label if config.guidance != 1.0 else 0)
+    model, images = train.denoiser_from(config.run, config.ema), []
+    for start in track(range(0, config.n, config.batch), "sampling"):
+        index = jnp.arange(start, start + config.batch)  # the last batch is full too, and cut afterwards
+        rows = np.minimum(np.asarray(index), config.n - 1)
+        cond = lambda y, rows=rows: jnp.asarray(y[rows], jnp.int32) if classes else None
+        denoiser = model.with_cond(cond(labels)) if classes else model
+        if config.guidance != 1.0:
+            denoiser = guidance.cfg(denoiser, model.with_cond(cond(null)), config.guidance)
+        p, keys = denoiser.process, jax.random.split(jax.random.key(config.seed))
+        table = solver(p, times.ALL[config.grid](p, steps))
+        x = p.prior(keys[0], (config.batch, net.image_size, net.image_size, net.channels), index)
+        images.append(np.asarray(jdiff.sample(denoiser, table, x, keys[1], index=index, check=config.check)))
+    x = np.concatenate(images)[: config.n]
+    config.out.parent.mkdir(parents=True, exist_ok=True)
+    np.savez(config.out.with_suffix(".npz"), images=x, labels=labels if classes else np.zeros(0, int))
+    grid = data.save_grid(np.clip(x[:100], -1, 1), config.out.with_suffix(".png"), columns=10)
+    print(
+        f"{config.n} samples, {table.nfe} network evaluations each ({table.record.name}): {grid}, {grid.with_suffix('.npz')}"
+    )
+
+
+def reproduce(name: str, args: Sequence[str]) -> None:
+    import tyro
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    from jdiff import reproduce
+
+    table = reproduce.find(name)
+    settings = tyro.cli(table.settings, args=args, prog=f"jdiff reproduce {name}", description=table.summary)
+    report = reproduce.run(table, settings)
+    Console().print(Markdown(report.read_text()))
+    print(f"written: {report}, table.csv and plot.png beside it")
+
+
+def listing() -> None:
+    """Print processes, time grids, solvers, nets and experiments, a line each."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from jdiff import nets, process, reproduce, solvers, times
+
+    line = lambda fn: (fn.__doc__ or "").strip().splitlines()[0]
+    groups: dict[str, dict[str, str]] = {
+        "processes": {k: line(f) for k, f in process.ALL.items()},
+        "time grids": {k: line(f) for k, f in times.ALL.items()},
+        "solvers": {k: line(f) for k, f in solvers.ALL.items()},
+        "nets": {k: preset.doc for k, preset in nets.PRESETS.items()},
+        "experiments": {k: reproduce.find(k).summary.splitlines()[0] for k in reproduce.names()},
+    }
+    for title, entries in groups.items():
+        table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2))
+        for name, text in entries.items():
+            table.add_row(f"[bold]{name}[/]", text)
+        Console().print(table)
+
+
+def _train(args: Sequence[str]) -> None:
+    import tyro
+
+    from jdiff import train
+
+    config = tyro.cli(train.TrainConfig, args=args, prog="jdiff train", description=train.TrainConfig.__doc__)
+    result = train.train(config)
+    print(f"trained: {result.out}; next: jdiff sample {result.out}")
+
+
+def _sample(args: Sequence[str]) -> None:
+    import tyro
+
+    sample(tyro.cli(SampleConfig, args=args, prog="jdiff sample"))
+
+
+def _reproduce(args: Sequence[str]) -> None:
+    from jdiff import reproduce as tables
+
+    if not args or args[0] in ("-h", "--help"):
+        print("usage: jdiff reproduce NAME [options]; jdiff reproduce NAME --help explains them. Names:")
+        for name in tables.names():
+            print(f"  {name:20s} {tables.find(name).summary.splitlines()[0]}")
+        return
+    reproduce(args[0], args[1:])
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "train": _train,
+    "sample": _sample,
+    "reproduce": _reproduce,
+    "list": lambda args: listing(),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; bad input ends in one line on standard error and exit code 2."""
+    from rich.console import Console
+
+    args = list(sys.argv[1:] if argv is None else argv)
+    if not args or args[0] in ("-h", "--help", "help"):
+        Console().print(HELP, highlight=False)
+        return 0
+    from jdiff.solvers import unknown
+
+    if args[0] not in COMMANDS:
+        Console(stderr=True).print(f"jdiff: {unknown('command', args[0], COMMANDS)}", markup=False)
+        return 2
+    from jdiff.checkpoint import CheckpointError
+
+    try:
+        COMMANDS[args[0]](args[1:])
+    except (ValueError, TypeError, FileNotFoundError, FloatingPointError, CheckpointError) as error:
+        Console(stderr=True).print(f"jdiff {args[0]}: {error}", markup=False, highlight=False)
+        return 2
+    except KeyboardInterrupt:
+        Console(stderr=True).print("stopped; the same command goes on where it was")
+        return 130
+    return 0
