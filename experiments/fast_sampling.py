@@ -75,11 +75,12 @@ def prepare(settings: Settings) -> Context:
         learning_rate=2e-3,
     )
     result = train.train(config)
-    labels = jnp.arange(settings.n, dtype=jnp.int32) % 10
+    held = data.load("digits", split="train")
+    labels = jnp.asarray(held.labels[: settings.n])  # as many of each class as in the floor and the reference
     denoiser = train.denoiser_from(result, ema=0.10, labels=labels)
     x = denoiser.process.prior(jax.random.key(settings.seed), (settings.n, 8, 8, 1))
     reference = metrics.embed(metrics.digit_features(), data.load("digits", split="test"))
-    held_out = metrics.embed(metrics.digit_features(), data.load("digits", split="train"))[: settings.n]
+    held_out = metrics.embed(metrics.digit_features(), held)[: settings.n]
     return Context(settings, denoiser, x, reference, score(held_out, reference)["Fréchet distance"])
 
 

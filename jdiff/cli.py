@@ -94,9 +94,8 @@ def sample(config: SampleConfig) -> None:
     config.out.parent.mkdir(parents=True, exist_ok=True)
     np.savez(config.out.with_suffix(".npz"), images=x, labels=labels if classes else np.zeros(0, int))
     grid = data.save_grid(np.clip(x[:100], -1, 1), config.out.with_suffix(".png"), columns=10)
-    print(
-        f"{config.n} samples, {table.nfe} network evaluations each ({table.record.name}): {grid}, {grid.with_suffix('.npz')}"
-    )
+    spent = f"{table.nfe} network evaluations each ({table.record.name})"
+    print(f"{config.n} samples, {spent}: {grid}, {grid.with_suffix('.npz')}")
 
 
 def reproduce(name: str, args: Sequence[str]) -> None:

@@ -183,9 +183,8 @@ def _report(bad: Array, tableau: Tableau) -> None:
 
 def _checked(denoiser: Denoiser, tableau: Tableau, x: PyTree, key: Array | None) -> PyTree:
     if not isinstance(denoiser, Denoiser):
-        raise TypeError(
-            f"expected a Denoiser, got {type(denoiser).__name__}; lift a function with jdiff.denoiser(fn, process, prediction)"
-        )
+        lift = "lift a function with jdiff.denoiser(fn, process, prediction)"
+        raise TypeError(f"expected a Denoiser, got {type(denoiser).__name__}; {lift}")
     if not isinstance(tableau, Tableau):
         raise TypeError(
             f"expected a Tableau, got {type(tableau).__name__}; build one: jdiff.solvers.unipc()(process, times)"

@@ -128,7 +128,8 @@ def grid(process: Process, times: Any) -> Grid:
 class Solver:
     """A builder: `solver(process, times)` is a Tableau. Made by the functions of `jdiff.solvers`.
 
-    `sampler(g, x, model, noise)` states the formulas, on one grid. `cost(n)` is the NFE of n steps that end at sigma = 0.
+    `sampler(g, x, model, noise)` states the formulas, on one grid. `cost(n)` is the NFE of n steps
+    that end at sigma = 0.
     """
 
     name: str

@@ -42,7 +42,8 @@ def test_log_density_against_scipy(p):
     t = 0.37 * p.t_max
     a, s = p.alpha(t), p.sigma(t)
     covs = [spd(4, 1), np.diag([0.1, 0.2, 1.0, 0.01]), 0.3 * np.eye(4)]
-    each = [w * scipy.stats.multivariate_normal(a * m, a**2 * c + s**2 * np.eye(4)).pdf(x) for w, m, c in zip(MIX.weights, MIX.means, covs, strict=True)]  # fmt: skip
+    law = lambda m, c: scipy.stats.multivariate_normal(a * m, a**2 * c + s**2 * np.eye(4))
+    each = [w * law(m, c).pdf(x) for w, m, c in zip(MIX.weights, MIX.means, covs, strict=True)]
     np.testing.assert_allclose(MIX.log_density(p, jnp.asarray(x), t), np.log(sum(each)), rtol=1e-10)
 
 

@@ -1,5 +1,7 @@
 """Solvers against oracles: point mass, exact Gaussian laws, slopes with mutants, lifted tables, DOP853."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -74,7 +76,7 @@ def test_ddim_is_euler_in_sigma_over_alpha():
     f = lambda x, t: np.tanh(x) * 0.5 + t
     x = y = np.random.default_rng(0).normal(size=3)
     y = x / p.alpha(t[0])
-    for a, b in zip(t[:-1], t[1:], strict=True):
+    for a, b in itertools.pairwise(t):
         xa = p.alpha(a) * y
         eps = (xa - p.alpha(a) * f(xa, a)) / p.sigma(a)
         y = y + (p.sigma(b) / p.alpha(b) - p.sigma(a) / p.alpha(a)) * eps
@@ -122,7 +124,7 @@ def slope(solver, p, ns=(32, 64, 128, 256), grid=times.logsnr):
 
 
 def zigzag(p, n, start, end):
-    """Log-SNR steps that are long and short in turn: a mistake in the step ratios shows here, and not on smooth grids."""
+    """Log-SNR steps long and short in turn: a mistake in the step ratios shows here, and not on smooth grids."""
     lam = np.linspace(p.lam(start), p.lam(end), n + 1)
     lam[1:-1:2] += 0.3 * (lam[1] - lam[0])
     return p.t_of_lam(lam)
@@ -258,7 +260,7 @@ def test_weak_order_of_the_second_order_sde_solver():
 
 
 def test_churn_keeps_the_marginal():
-    """With the exact denoiser, churn only exchanges old noise for new: the same law as without, to the solver's error."""
+    """With the exact denoiser churn only exchanges old noise for new: the law as without, to the solver's error."""
     p = process.edm()
     quiet, loud = (G8.law(solvers.heun(churn=c)(p, times.karras(p, 200)))[1] for c in (0.0, 40.0))
     np.testing.assert_allclose(np.diag(loud), np.diag(quiet), rtol=1e-2)
