@@ -2,8 +2,9 @@
 
     python benchmarks/kill_resume.py --kills 10
 
-A reference run is never stopped and keeps every checkpoint. The other run has the same configuration; every third
-kill waits for a checkpoint that is being written, the others come at any moment from the start of the process on.
+A reference run is never stopped and keeps every checkpoint. The other run has the same configuration. Of three
+kills one comes a random time after a random step, one then waits for a checkpoint that is being written, and one
+comes like the first or, every other time, while the process still starts.
 After each kill every finished checkpoint must be readable and bitwise equal to the reference's of the same step;
 at the end all of the state (parameters, optimizer, averages), all snapshots and all rows of metrics must be.
 Exit status 1 where anything differs. About 6 seconds a kill.
@@ -17,11 +18,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-STEPS, EVERY = 240, 15
+STEPS, EVERY = 240, 8
 
 
 def child(out: str, keep: int) -> None:
@@ -36,8 +38,8 @@ def child(out: str, keep: int) -> None:
     net = {"width": 16, "depth": 1, "heads": 2, "patch": 4}
     train(
         TrainConfig(
-            out=out, net="DiT", net_options=net, batch=16, steps=STEPS, warmup=10, log_every=5,
-            checkpoint_every=EVERY, snapshot_every=2 * EVERY, keep=keep, tensorboard=False,
+            out=out, net="DiT", net_options=net, batch=16, steps=STEPS, warmup=10, log_every=4,
+            checkpoint_every=EVERY, snapshot_every=3 * EVERY, keep=keep, tensorboard=False,
         )
     )  # fmt: skip
 
@@ -47,15 +49,29 @@ def start(out: Path, keep: int) -> subprocess.Popen:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
 
 
-def unfinished(out: Path) -> list[Path]:
-    return list((out / "checkpoints").glob("*tmp*"))
+def unfinished(out: Path, since: float) -> bool:
+    """Whether a checkpoint is being written that was begun after `since`: older ones are rests of earlier kills."""
+    try:
+        return any(p.stat().st_ctime > since for p in (out / "checkpoints").glob("*tmp*"))
+    except FileNotFoundError:  # finished between two looks
+        return False
 
 
-def wait(process: subprocess.Popen, out: Path, seconds: float, writing: bool) -> None:
-    """Until `seconds` from now and, where asked for, until a checkpoint is being written."""
+def logged(out: Path) -> int:
+    """The last step in metrics.csv."""
+    try:
+        return int((out / "metrics.csv").read_text().split("\n")[-2].split(",")[0])
+    except (OSError, IndexError, ValueError):
+        return 0
+
+
+def wait(process: subprocess.Popen, done: Callable[[], bool], seconds: float = 0.0) -> None:
+    """Until `done()` and then `seconds` more, or the end of the process."""
+    while process.poll() is None and not done():
+        time.sleep(0.0005)
     end = time.monotonic() + seconds
-    while process.poll() is None and (time.monotonic() < end or (writing and not unfinished(out))):
-        time.sleep(0.0002 if writing else 0.002)
+    while process.poll() is None and time.monotonic() < end:
+        time.sleep(0.0005)
 
 
 def arrays(folder: Path) -> dict[str, bytes]:
@@ -100,26 +116,29 @@ def main(kills: int, seed: int, base: Path) -> int:
     process.stdout.readline()
     startup = time.monotonic() - began
     process.wait()
-    training = time.monotonic() - began - startup
-    print(f"reference: {startup:.1f} s to the first row, {training:.1f} s for {STEPS} steps", flush=True)
+    print(f"reference: {startup:.1f} s to the first row, {time.monotonic() - began:.1f} s in all", flush=True)
 
     wrong, killed, during, last = [], 0, 0, None
     while killed < kills:
-        process = start(run, 2)
-        writing = killed % 3 == 1
-        share = training * (0.5 if writing else 1.5) / kills
-        wait(process, run, rng.uniform(0 if not writing else startup, startup + share), writing)
+        began, process = time.time(), start(run, 2)
+        if killed % 6 == 5:
+            wait(process, lambda: True, rng.uniform(0, startup))
+        else:
+            goal = (last or 0) + rng.randint(1, int(1.6 * STEPS / kills))
+            wait(process, lambda goal=goal: logged(run) >= min(goal, STEPS - 20), rng.uniform(0, 0.2))
+        if killed % 3 == 1:
+            wait(process, lambda began=began: unfinished(run, began))
         if process.poll() is not None:
             break
         process.kill()
         process.wait()
-        killed, during = killed + 1, during + bool(unfinished(run))
+        killed, during = killed + 1, during + unfinished(run, began)
         found = checkpoint.latest_step(run / "checkpoints")
         if last is not None and (found is None or found < last):
             wrong.append(f"the checkpoint of step {last} was lost")
         wrong += differences(run, reference, "checkpoints")
         last = found
-        state = "in the middle of a write" if unfinished(run) else "between writes"
+        state = "in the middle of a write" if unfinished(run, began) else "between writes"
         print(f"kill {killed}: {state}; last finished step {found}; differences so far: {len(wrong)}", flush=True)
     if start(run, 2).wait():
         wrong.append("the last start failed")

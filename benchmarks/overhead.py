@@ -4,14 +4,15 @@
     python benchmarks/overhead.py --solvers unipc3 --nfe 20 --repeats 9
 
 For each solver the two programs alternate (network, sample, network, sample, ..) in one process after a warm-up, and
-the ratio is taken pair by pair; printed are the median ratio with its quartiles, and the median seconds. "network" is
-K calls of the jitted network at one time, dispatched one after the other and waited for at the end. "scan" (with
---scan) is a bare `lax.scan` of the network over K times, which is what XLA makes of a loop without any solver.
-Target: at most 1.03 for every solver.
+the ratio is taken pair by pair; printed are the median ratio with its quartiles, in wall-clock time and in processor
+time (which other work on the machine disturbs less), and the median wall-clock seconds. "network" is K calls of the
+jitted network at one time, dispatched one after the other and waited for at the end. "bare scan" (with --scan) is a
+`lax.scan` of the network over K times, which is what XLA makes of a loop without any solver.
+Target: at most 1.03 for every solver. "alone" is the processor time of the same program around a network that only
+halves its input, as a part of the network's: what the solver itself costs, undisturbed by the network's spread.
 """
 
 import argparse
-import statistics
 import time
 
 import jax
@@ -32,17 +33,17 @@ SOLVERS = {
 
 
 def seconds(fn):
-    start = time.perf_counter()
+    """(wall-clock, processor) seconds of fn, its arrays waited for."""
+    wall, cpu = time.perf_counter(), time.process_time()
     jax.block_until_ready(fn())
-    return time.perf_counter() - start
+    return np.array([time.perf_counter() - wall, time.process_time() - cpu])
 
 
 def compare(first, second, repeats):
-    """Medians of the seconds of both, and quartiles of second / first, measured alternately."""
+    """Median seconds of both, (2, 2), and quartiles of second / first in each clock, (3, 2), measured in turn."""
     seconds(first), seconds(second)
-    pairs = [(seconds(first), seconds(second)) for _ in range(repeats)]
-    ratios = [b / a for a, b in pairs]
-    return [statistics.median(column) for column in zip(*pairs, strict=True)], np.quantile(ratios, [0.25, 0.5, 0.75])
+    pairs = np.array([(seconds(first), seconds(second)) for _ in range(repeats)])
+    return np.median(pairs, axis=0), np.quantile(pairs[:, 1] / pairs[:, 0], [0.25, 0.5, 0.75], axis=0)
 
 
 def main():
@@ -80,19 +81,28 @@ def main():
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     print(f"{args.net}, {count / 1e6:.1f} M parameters, x {x.shape} {x.dtype}, on {jax.default_backend()}")
     print(f"K = {args.nfe} evaluations, {args.repeats} pairs of measurements, network and sample in turn")
-    programs = {}
+    programs, alone = {}, {}
+    nothing = jdiff.denoiser(lambda x, t: 0.5 * x, p, "x0")
     for name in args.solvers:
         solver = SOLVERS[name]
         table = solver(p, times.karras(p, solver.steps(args.nfe)))
         if table.nfe != args.nfe:
             parser.error(f"{name} makes {table.nfe} evaluations, not {args.nfe}: choose an odd --nfe")
-        programs[f"{name} (R = {table.registers})"] = lambda table=table: jdiff.sample(denoiser, table, x, key)
+        label = f"{name} (R = {table.registers})"
+        programs[label] = lambda table=table: jdiff.sample(denoiser, table, x, key)
+        alone[label] = lambda table=table: jdiff.sample(nothing, table, x, key)
     if args.scan:
         programs["bare scan"] = lambda: scan(params, x, jnp.linspace(80.0, 0.1, args.nfe))
-    print(f"{'':24}{'ratio':>7}  quartiles      network    sample (median s)")
+    print(f"{'':22}{'ratio':>6}  quartiles      {'of CPU time':>11}  quartiles      network   sample (median s)  alone")
     for name, program in programs.items():
         (base, ours), (low, mid, high) = compare(calls, program, args.repeats)
-        print(f"{name:24}{mid:7.3f}  {low:.3f} - {high:.3f}  {base:7.3f}    {ours:7.3f}", flush=True)
+        ratios = [f"{mid[i]:{width}.3f}  {low[i]:.3f} - {high[i]:.3f}" for i, width in ((0, 6), (1, 11))]
+        tail = ""
+        if name in alone:
+            seconds(alone[name])
+            cost = np.median([seconds(alone[name])[1] for _ in range(5 * args.repeats)])
+            tail = f"             {cost / base[1]:.2%}"
+        print(f"{name:22}{'  '.join(ratios)}  {base[0]:7.3f}  {ours[0]:7.3f}{tail}", flush=True)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,9 @@ from jdiff import data, ema, recipe, train
 
 
 def main(net: str, batch: int, steps: int, rounds: int) -> None:
-    config = train.TrainConfig(net=net, batch=batch, steps=steps, warmup=1, tensorboard=False, log_every=steps)
+    config = train.TrainConfig(
+        net=net, batch=batch, steps=steps, warmup=1, tensorboard=False, log_every=steps, snapshot_every=steps
+    )
     dataset = data.load(config.data, split=config.split)
     model = recipe.build_net(config, dataset, nnx.Rngs(0))
     graph, state = nnx.split(model)
@@ -83,15 +85,13 @@ def main(net: str, batch: int, steps: int, rounds: int) -> None:
         for name, measure in zip(seconds, (time_bare, time_full, time_run), strict=True):
             seconds[name].append(measure())
     base = statistics.median(seconds["bare"])
-    print(
-        f"{net}, batch {batch}, {sum(x.size for x in jax.tree.leaves(params)) / 1e6:.2f}M parameters, {jax.devices()[0]}"
-    )
+    size = sum(x.size for x in jax.tree.leaves(params)) / 1e6
+    print(f"{net}, batch {batch}, {size:.2f}M parameters, {jax.devices()[0]}")
     for name, values in seconds.items():
         s = statistics.median(values)
-        ratios = sorted(v / b for v, b in zip(values, seconds["bare"], strict=True))
+        best = min(values) / min(seconds["bare"])
         print(
-            f"{name:10s} {1e3 * s:8.2f} ms a step {batch / s:8.0f} images/s   {s / base:.3f} x bare"
-            f"   (best of {rounds}: {min(values) / min(seconds['bare']):.3f}, by round: {ratios[0]:.2f} to {ratios[-1]:.2f})"
+            f"{name:10s} {1e3 * s:8.2f} ms a step {batch / s:8.0f} images/s   {s / base:.3f} x bare (best: {best:.3f})"
         )
 
 

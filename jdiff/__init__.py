@@ -11,7 +11,7 @@ import importlib
 import os
 from typing import TYPE_CHECKING, Any
 
-if not os.path.isdir(os.path.join(os.path.dirname(__file__), "solvers")):  # a checkout without links
+if not os.path.isdir(os.path.join(os.path.dirname(__file__), "solvers")):  # a checkout where links are plain files
     __path__.append(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from jdiff import exact, noise, predict, process, times

@@ -12,9 +12,11 @@ own name is finished. `meta` is JSON and says how to build the net, its process 
 
 import json
 import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,28 +32,50 @@ class CheckpointError(RuntimeError):
 
 
 # -------------------------------------------------------------------------------------------------- write, read
-def manager(directory: str | os.PathLike, keep: int | None = None) -> Any:
-    """Orbax's CheckpointManager to write steps in `directory` with; close it. keep: how many stay (None: all).
+class Writer(NamedTuple):
+    """What `save` writes with: Orbax's manager, its folder, and how many steps stay there (None: all)."""
 
-    It removes what unfinished saves have left there.
-    """
+    manager: Any
+    directory: Path
+    keep: int | None
+
+
+@contextmanager
+def writer(directory: str | os.PathLike, keep: int | None = None) -> Iterator[Writer]:
+    """A Writer for a local folder; removes what killed saves have left there, and waits for its own at the end."""
     import orbax.checkpoint as ocp
 
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
-    return ocp.CheckpointManager(Path(directory).absolute(), options=options)
+    directory = Path(directory).absolute()
+    for rest in directory.glob("*.deleted"):
+        shutil.rmtree(rest)
+    options = ocp.CheckpointManagerOptions(cleanup_tmp_directories=True)
+    with ocp.CheckpointManager(directory, options=options) as manager:
+        yield (made := Writer(manager, directory, keep))
+    _prune(made)
 
 
-def save(manager: Any, step: int, items: Mapping[str, PyTree], meta: Mapping[str, Any]) -> None:
+def save(to: Writer, step: int, items: Mapping[str, PyTree], meta: Mapping[str, Any]) -> None:
     """Start to write `items` and `meta` as `step`. Returns once the arrays are copied: they may be donated next.
 
     A step that is there already is left alone (a resumed run comes by its old snapshots again).
     """
     import orbax.checkpoint as ocp
 
-    if step in manager.all_steps():
+    if step in to.manager.all_steps():
         return
     trees = {name: ocp.args.StandardSave({"tree": tree, "sums": checksums(tree)}) for name, tree in items.items()}
-    manager.save(step, args=ocp.args.Composite(**trees, meta=ocp.args.JsonSave(dict(meta))), force=True)
+    to.manager.save(step, args=ocp.args.Composite(**trees, meta=ocp.args.JsonSave(dict(meta))), force=True)
+    _prune(to)
+
+
+def _prune(to: Writer) -> None:
+    """Remove all but the last finished steps. Renamed first: a kill must not leave half a step under its name."""
+    if to.keep is None or jax.process_index():
+        return
+    for step in steps(to.directory)[: -to.keep]:
+        gone = to.directory / f"{step}.deleted"
+        os.replace(to.directory / str(step), gone)
+        shutil.rmtree(gone)
 
 
 @jax.jit

@@ -187,7 +187,7 @@ def denoising_loss(
         t = times.reshape(n, *[1] * (leaves[0].ndim - 1))
         eps = noise.normal(noise_key, x0, index)
         x = process.mix(x0, eps, t)
-        if y is not None and label_dropout:
+        if y is not None and label_dropout and null_label is not None:
             y = drop_labels(label_key, y, label_dropout, null_label, index)
         output = cast_like(apply(params, x, t, y), x)
         target = _target(process, prediction, t, x0, eps)

@@ -29,7 +29,7 @@ class TrainConfig:
     data_dir: str | None = None  # where tfds data sets lie prepared
     size: int | None = None  # resize images to size x size pixels; None: as they are
     net: str = "DiT-Ti/2"  # a name in jdiff.nets.PRESETS
-    net_options: dict[str, int | float | str | bool] = field(default_factory=dict)  # win over the preset's
+    net_options: dict[str, int | float | bool | str] = field(default_factory=dict)  # win over the preset's
     labels: bool = True  # condition on the class, where the data set has classes
     label_dropout: float = 0.1  # share of samples trained without label, for classifier-free guidance
     process: str = "edm"  # vp_linear, vp_cosine, edm or flow
@@ -160,7 +160,7 @@ def make_loss(config: TrainConfig, call: NetCall, null_label: int | None) -> los
     )
 
 
-def build_net(config: TrainConfig, dataset: Any, rngs: "nnx.Rngs") -> "nnx.Module":
+def build_net(config: TrainConfig, dataset: Any, rngs: "nnx.Rngs") -> Any:
     """The net that config names, for the data set's images and classes; ValueError where they do not fit."""
     from jdiff import nets
 
@@ -240,5 +240,5 @@ def meta(config: TrainConfig, net: Any, dataset: Any) -> dict[str, Any]:
 def frozen(config: TrainConfig) -> dict[str, Any]:
     """What must stay the same when a run is resumed: fields of the configuration, and how random bits are made."""
     may = (*MAY_CHANGE, "steps") if config.schedule == "constant" else MAY_CHANGE
-    random = [str(jax.config.jax_default_prng_impl), bool(jax.config.jax_threefry_partitionable)]
+    random = {k: getattr(jax.config, k) for k in ("jax_default_prng_impl", "jax_threefry_partitionable")}
     return {k: v for k, v in asdict(config).items() if k not in may} | {"random": random}

@@ -173,11 +173,11 @@ def _plot(table: Table, cells: Mapping[tuple[str, Any], Cell], path: Path) -> No
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    colours = plt.get_cmap("tab20").colors
+    colours = matplotlib.colormaps["tab20"]
     for i, row in enumerate(table.rows):
         points = [(c, cells[row, c][table.metric]) for c in table.columns if (row, c) in cells]
         points = [(c, v) for c, v in points if v is not None]
-        axes.plot(*zip(*points, strict=True), marker="o", ms=3, label=row, color=colours[i % 20])
+        axes.plot(*zip(*points, strict=True), marker="o", ms=3, label=row, color=colours(i % 20))
     floors = {cell["floor"] for cell in cells.values() if "floor" in cell}
     for floor in floors:
         axes.axhline(floor, color="black", lw=1, ls=":", label="real, held out")

@@ -53,8 +53,9 @@ def open_log(
         def row(step: int, metrics: Mapping[str, float]) -> None:
             rows.writerow([step, *(f"{metrics[name]:.9g}" for name in columns[1:])])
             file.flush()
-            for name, value in metrics.items() if writer else ():
-                writer.add_scalar(name, value, step)
+            if writer:
+                for name, value in metrics.items():
+                    writer.add_scalar(name, value, step)
             text = f"loss {metrics['loss']:.4f}  {metrics['images_per_second']:.0f} images/s"
             if bar:
                 bar.update(bar.task_ids[0], text=text)

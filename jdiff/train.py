@@ -46,7 +46,7 @@ class Meter(NamedTuple):
 
     loss: Float[Array, ""]
     grad_norm: Float[Array, ""]
-    count: Int[Array, ""]
+    steps: Int[Array, ""]
     first_bad: Int[Array, ""]
 
 
@@ -99,7 +99,7 @@ def make_train_step(
             Meter(
                 meter.loss + value.astype(jnp.float32),
                 meter.grad_norm + norm.astype(jnp.float32),
-                meter.count + 1,
+                meter.steps + 1,
                 jnp.where(bad, done, meter.first_bad),
             ),
         )
@@ -165,8 +165,8 @@ def train(
     wanted = ("image", "label") if conditional else ("image",)
     in_flight, clock = sums, _Clock()
     with (
-        checkpoint.manager(out / "checkpoints", config.keep) as checkpoints,
-        checkpoint.manager(out / "snapshots") as snapshots,
+        checkpoint.writer(out / "checkpoints", config.keep) as checkpoints,
+        checkpoint.writer(out / "snapshots") as snapshots,
         runlog.open_log(
             out, COLUMNS, start=start, steps=config.steps, tensorboard=config.tensorboard, quiet=quiet
         ) as log,
@@ -185,13 +185,13 @@ def train(
                 continue
             read = jax.device_get(sums)
             if read.first_bad >= 0:
-                checkpoints.wait_until_finished()
+                checkpoints.manager.wait_until_finished()
                 raise FloatingPointError(_bad(int(read.first_bad), out))
             if due(config.log_every):
                 seconds = clock.read()
                 metrics = {
-                    "loss": float(read.loss / read.count),
-                    "grad_norm": float(read.grad_norm / read.count),
+                    "loss": float(read.loss / read.steps),
+                    "grad_norm": float(read.grad_norm / read.steps),
                     "learning_rate": float(rate(done - 1)),
                     "images_per_second": config.batch / seconds,
                     "seconds_per_step": seconds,
@@ -204,7 +204,7 @@ def train(
                 checkpoint.save(snapshots, done, {"ema": state.ema}, meta | {"step": done})
             if due(config.checkpoint_every):
                 # A finished checkpoint promises all that came before it: rows are flushed, snapshots on disk.
-                snapshots.wait_until_finished()
+                snapshots.manager.wait_until_finished()
                 checkpoint.save(checkpoints, done, _items(state, sums), meta | {"step": done})
     return TrainResult(state, graph, meta, out)
 
@@ -213,10 +213,10 @@ class _Clock:
     """Seconds a step since the last reading; the first step, which compiles, is waited for and left out."""
 
     def __init__(self):
-        self.since, self.steps = None, 0
+        self.since, self.steps = 0.0, 0
 
     def step(self, result: PyTree) -> None:
-        if self.since is None:
+        if not self.since:
             jax.block_until_ready(result)
             self.since = time.perf_counter()
         else:

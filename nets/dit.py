@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 from .layers import (
     Attention,
     Conditioning,
+    Linear,
     Net,
     SelfAttention,
     layer_norm,
@@ -48,10 +49,10 @@ class Block(nnx.Module):
     ):
         options: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         hidden = int(width * mlp_ratio)
-        self.modulation = nnx.Linear(width, 6 * width, kernel_init=zeros, **options)
+        self.modulation = Linear(width, 6 * width, kernel_init=zeros, **options)
         self.attention = SelfAttention(width, heads, attention=attention, **options)
-        self.mlp_in = nnx.Linear(width, hidden, kernel_init=xavier, **options)
-        self.mlp_out = nnx.Linear(hidden, width, kernel_init=xavier, **options)
+        self.mlp_in = Linear(width, hidden, kernel_init=xavier, **options)
+        self.mlp_out = Linear(hidden, width, kernel_init=xavier, **options)
 
     def __call__(self, x: Float[Array, "b n d"], c: Float[Array, "b2 n2 d"]) -> Float[Array, "b n d"]:
         """x: tokens; c: conditioning a sample (n2 = 1) or a token (n2 = n)."""
@@ -79,6 +80,8 @@ class DiT(Net):
         num_classes: number of labels; 0 for an unconditional net, which takes no y.
         null_class: one more label, `null_label` = num_classes, for "no label".
         remat: "none", "full" or "dots"; see `layers.REMAT`.
+        unroll: blocks a turn of the loop over them. A CPU takes the gradient of a loop several times slower than
+            that of straight code: give depth for a small net there, and pay in time to compile.
         dtype: of activations; float32 or bfloat16.
         param_dtype: of parameters; float32 or bfloat16.
         time_scale: multiplies the time before the sinusoids, which expect 0 to 1000.
@@ -102,6 +105,7 @@ class DiT(Net):
         num_classes: int = 0,
         null_class: bool = True,
         remat: str = "none",
+        unroll: int = 1,
         dtype: DTypeLike = jnp.float32,
         param_dtype: DTypeLike = jnp.float32,
         time_scale: float = 1000.0,
@@ -121,11 +125,12 @@ class DiT(Net):
             num_classes=num_classes,
             null_class=null_class,
             remat=remat,
+            unroll=unroll,
             dtype=dtype.name,
             param_dtype=param_dtype.name,
             time_scale=time_scale,
         )
-        for what, value in {"patch": patch, "width": width, "depth": depth, "heads": heads}.items():
+        for what, value in {"patch": patch, "width": width, "depth": depth, "heads": heads, "unroll": unroll}.items():
             if value < 1:
                 raise ValueError(f"DiT: {what} is {value}; expected a positive integer")
         if image_size % patch:
@@ -134,7 +139,14 @@ class DiT(Net):
             raise ValueError(f"DiT: width {width} must be divisible by heads {heads} and by 4 (positions)")
         options: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
         pixels = patch * patch * channels
-        self.patch, self.width, self.depth, self.remat, self.dtype = patch, width, depth, remat, dtype
+        self.patch, self.width, self.depth, self.remat, self.unroll, self.dtype = (
+            patch,
+            width,
+            depth,
+            remat,
+            unroll,
+            dtype,
+        )
         self.conditioning = Conditioning(
             256,
             width,
@@ -146,14 +158,14 @@ class DiT(Net):
             param_dtype=param_dtype,
             rngs=rngs,
         )
-        self.patches = nnx.Linear(pixels, width, kernel_init=xavier, **options, rngs=rngs)
+        self.patches = Linear(pixels, width, kernel_init=xavier, **options, rngs=rngs)
 
         def block(key: Array) -> Block:
             return Block(width, heads, mlp_ratio, attention=attention, **options, rngs=nnx.Rngs(key))
 
         self.blocks = jax.vmap(block)(jax.random.split(rngs.params(), depth))
-        self.modulation = nnx.Linear(width, 2 * width, kernel_init=zeros, **options, rngs=rngs)
-        self.out = nnx.Linear(width, pixels, kernel_init=zeros, **options, rngs=rngs)
+        self.modulation = Linear(width, 2 * width, kernel_init=zeros, **options, rngs=rngs)
+        self.out = Linear(width, pixels, kernel_init=zeros, **options, rngs=rngs)
 
     def __call__(
         self, x: Float[Array, "b height width c"], t: ArrayLike, y: ArrayLike | None = None
@@ -174,7 +186,7 @@ class DiT(Net):
         """
         h, c = self.embed(x, t, y)
         step = rematerialise(lambda h, block: (block(h, c), None), self.remat, scanned=True)
-        h, _ = jax.lax.scan(step, h, self.blocks)
+        h, _ = jax.lax.scan(step, h, self.blocks, unroll=self.unroll)
         return self.project(h, c).astype(wide(x.dtype))
 
     def embed(

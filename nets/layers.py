@@ -238,6 +238,13 @@ def dot_product_attention(
     return jnp.einsum("bhnm,bmhd->bnhd", jax.nn.softmax(logits, axis=-1).astype(v.dtype), v)
 
 
+class Linear(nnx.Linear):
+    """nnx.Linear over all leading axes at once: as one matrix product, whose gradient a CPU takes twice as fast."""
+
+    def __call__(self, x: Float[Array, "*lead d"]) -> Float[Array, "*lead k"]:
+        return super().__call__(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], self.out_features)
+
+
 class GroupNorm(nnx.Module):
     """Normalise (b, h, w, c) in 32 groups of channels, or in fewer so that a group has 4 channels or more."""
 
@@ -272,8 +279,8 @@ class SelfAttention(nnx.Module):
         options: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.heads = heads
         self.attention = attention or dot_product_attention
-        self.qkv = nnx.Linear(width, 3 * width, kernel_init=xavier, **options)
-        self.out = nnx.Linear(width, width, kernel_init=out_init, **options)
+        self.qkv = Linear(width, 3 * width, kernel_init=xavier, **options)
+        self.out = Linear(width, width, kernel_init=out_init, **options)
 
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
         q, k, v = rearrange(self.qkv(x), "b n (three heads d) -> three b n heads d", three=3, heads=self.heads)

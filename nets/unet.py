@@ -14,6 +14,7 @@ from .layers import (
     Attention,
     Conditioning,
     GroupNorm,
+    Linear,
     Net,
     SelfAttention,
     modulate,
@@ -64,10 +65,10 @@ class Block(nnx.Module):
         self.to: Resampling = to
         self.norm_in = GroupNorm(channels, param_dtype)
         self.conv_in = nnx.Conv(channels, out, (3, 3), kernel_init=xavier, **options)
-        self.modulation = nnx.Linear(cond, 2 * out, kernel_init=xavier, **options)
+        self.modulation = Linear(cond, 2 * out, kernel_init=xavier, **options)
         self.norm_out = GroupNorm(out, param_dtype)
         self.conv_out = nnx.Conv(out, out, (3, 3), kernel_init=zeros, **options)
-        self.skip = nnx.Linear(channels, out, kernel_init=xavier, **options) if out != channels else None
+        self.skip = Linear(channels, out, kernel_init=xavier, **options) if out != channels else None
         self.norm_attention = GroupNorm(out, param_dtype) if heads else None
         self.attention = SelfAttention(out, heads, attention=attention, out_init=zeros, **options) if heads else None
 

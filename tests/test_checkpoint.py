@@ -23,7 +23,7 @@ def result(tmp_path_factory):
     net = {"width": 16, "depth": 1, "heads": 2, "patch": 4}
     config = TrainConfig(
         out=str(tmp_path_factory.mktemp("run") / "run"), net="DiT", net_options=net, batch=8, steps=STEPS, warmup=1,
-        log_every=STEPS, checkpoint_every=16, snapshot_every=2, tensorboard=False,
+        log_every=STEPS, checkpoint_every=16, snapshot_every=4, tensorboard=False,
     )  # fmt: skip
     return train.train(config, quiet=True)
 
@@ -58,8 +58,8 @@ def test_length_of_the_average_is_chosen_after_training(result):
     flat = lambda tree: np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])
     short, long = map(flat, result.state.ema)
     share = (flat(middle) - long) @ (short - long) / ((short - long) @ (short - long))
-    assert times == list(range(2, STEPS + 1, 2)) and 0.2 < share < 0.8
-    with pytest.raises(CheckpointError, match=r"sigma_rel 0.01 at step 32: 16 snapshots .* take snapshots more often"):
+    assert times == list(range(4, STEPS + 1, 4)) and 0.2 < share < 0.8
+    with pytest.raises(CheckpointError, match=r"sigma_rel 0.01 at step 32: 8 snapshots .* take snapshots more often"):
         checkpoint.load_params(result.out, ema=0.01)
 
 
@@ -171,10 +171,57 @@ def test_every_kind_of_leaf_survives(tmp_path, dtype):
         "down": {0: jnp.arange(3, dtype=dtype), 1: jnp.zeros((), jnp.int32)},
         "t": (jnp.full(2, jnp.nan, dtype), {}),
     }
-    with checkpoint.manager(tmp_path) as manager:
-        checkpoint.save(manager, 3, {"tree": tree}, {"a": [1, None]})
-        checkpoint.save(manager, 3, {"tree": tree}, {"a": 2})  # there already: left alone
+    with checkpoint.writer(tmp_path) as writer:
+        checkpoint.save(writer, 3, {"tree": tree}, {"a": [1, None]})
+        checkpoint.save(writer, 3, {"tree": tree}, {"a": 2})  # there already: left alone
     found = checkpoint.restore(tmp_path, 3, {"tree": tree})
     assert found["meta"] == {"a": [1, None]} and jax.tree.structure(found["tree"]) == jax.tree.structure(tree)
     for a, b in zip(jax.tree.leaves(tree), jax.tree.leaves(found["tree"]), strict=True):
         assert a.dtype == b.dtype and np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+def test_a_step_is_removed_at_once_or_not_at_all(tmp_path, monkeypatch):
+    """A kill in the middle of a removal leaves a folder of another name, which the next writer clears away."""
+
+    def killed(folder):
+        (Path(folder) / "_CHECKPOINT_METADATA").unlink()
+        raise KeyboardInterrupt
+
+    tree = {"tree": {"w": jnp.ones(3, jnp.float32)}}
+    with pytest.raises(KeyboardInterrupt), checkpoint.writer(tmp_path, keep=1) as writer:
+        checkpoint.save(writer, 1, tree, {})
+        checkpoint.save(writer, 2, tree, {})
+        writer.manager.wait_until_finished()
+        monkeypatch.setattr(shutil, "rmtree", killed)
+        checkpoint.save(writer, 3, tree, {})
+    monkeypatch.undo()
+    assert checkpoint.steps(tmp_path) == [2, 3] and (tmp_path / "1.deleted").is_dir()
+    for step in (2, 3):
+        checkpoint.restore(tmp_path, step, tree)
+    with checkpoint.writer(tmp_path, keep=1):
+        assert not (tmp_path / "1.deleted").exists()
+    assert checkpoint.steps(tmp_path) == [3]
+
+
+def test_checksums_see_every_bit(tmp_path, monkeypatch):
+    """Any flipped bit and any exchange of elements changes a leaf's sum; a sharded array has the unsharded sum."""
+    x = np.random.default_rng(0).standard_normal((8, 3, 5)).astype(np.float32)
+    words = x.view(np.uint32).ravel().astype(np.uint64)
+    want = int((words * (2 * np.arange(words.size, dtype=np.uint64) + 1)).sum() % 2**32)
+    total = lambda x: int(checkpoint.checksums({"x": x})[0])
+    assert total(x) == want
+    split = jax.sharding.NamedSharding(jax.make_mesh((8,), ("data",)), jax.sharding.PartitionSpec("data"))
+    assert total(jax.device_put(x, split)) == want
+    for place in (0, 77, 119):
+        for bit in (0, 13, 31):
+            flipped = x.view(np.uint32).copy()
+            flipped.ravel()[place] ^= np.uint32(1 << bit)
+            assert total(flipped.view(np.float32)) != want
+
+    tree = {"tree": {"v": jnp.ones(3, jnp.bfloat16), "w": jnp.ones((2, 2), jnp.float32)}}
+    right = checkpoint.checksums
+    with monkeypatch.context() as patch, checkpoint.writer(tmp_path) as writer:
+        patch.setattr(checkpoint, "checksums", lambda tree: right(tree) ^ jnp.asarray([0, 1], jnp.uint32))
+        checkpoint.save(writer, 1, tree, {})
+    with pytest.raises(CheckpointError, match=r"damaged .*wrong checksum of w"):
+        checkpoint.restore(tmp_path, 1, tree)

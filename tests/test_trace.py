@@ -54,9 +54,10 @@ VARIANTS = {
     "deis_4": solvers.deis(4),
     "deis_lam": solvers.deis(3, "lam"),
     "deis_rho": solvers.deis(2, "rho"),
-    "unipc_1": solvers.unipc(1),
-    "unipc_2_bh1": solvers.unipc(2, "bh1"),
-    "unip": solvers.unipc(3, corrector=False),
+    "unipc_full": solvers.unipc(3, lower_order_final=False),
+    "unipc_1": solvers.unipc(1, lower_order_final=False),
+    "unipc_2_bh1": solvers.unipc(2, "bh1", lower_order_final=False),
+    "unip": solvers.unipc(3, corrector=False, lower_order_final=False),
 }
 
 

@@ -90,7 +90,7 @@ def test_step_is_the_plain_update():
     i, g = np.arange(1, 4), ema.gamma_of_sigma_rel(0.1)
     weights = (i ** (g + 1) - (i - 1) ** (g + 1)) / 3 ** (g + 1)
     np.testing.assert_allclose(state.ema[0]["w"], weights @ seen[1:], rtol=1e-5)
-    assert int(state.step) == 3 and int(sums.count) == 3 and int(sums.first_bad) == -1
+    assert int(state.step) == 3 and int(sums.steps) == 3 and int(sums.first_bad) == -1
     assert all(x.dtype != jnp.float64 for x in jax.tree.leaves((state, sums)))
 
 
@@ -248,9 +248,9 @@ def test_another_configuration_is_refused_by_name(whole):
 
 # ---------------------------------------------------------------------------------------------------- SIGKILL
 def test_sigkill_and_resume_is_bitwise_exact(tmp_path):
-    """Two kills at random moments and one in the middle of a checkpoint's write; see benchmarks/kill_resume.py."""
+    """A kill at a random moment and one in the middle of a checkpoint's write; ten are in benchmarks/kill_resume.py."""
     script = Path(__file__).parents[1] / "benchmarks/kill_resume.py"
-    command = [sys.executable, str(script), "--kills", "3", "--seed", "1", "--out", str(tmp_path)]
+    command = [sys.executable, str(script), "--kills", "2", "--seed", "1", "--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, "XLA_FLAGS": ""})
     assert done.returncode == 0, done.stdout + done.stderr
     assert "bitwise equal" in done.stdout
