@@ -153,10 +153,11 @@ def precision():
 
 def prior():
     n = (10, 50)
+    solver = solvers.unipc(3, lower_order_final=False)
     show(
         "edm prior: 80 z, or sqrt(80^2 + 1) z; UniPC-3: rms against the flow from 80 z", n,
-        ours=[rms(solvers.unipc(3, lower_order_final=False), EDM, times.logsnr(EDM, k)) for k in n],
-        larger_prior=[rms(solvers.unipc(3, lower_order_final=False), EDM, times.logsnr(EDM, k), scale=np.sqrt(1 + 80.0**-2)) for k in n],
+        ours=[rms(solver, EDM, times.logsnr(EDM, k)) for k in n],
+        larger_prior=[rms(solver, EDM, times.logsnr(EDM, k), scale=np.sqrt(1 + 80.0**-2)) for k in n],
     )  # fmt: skip
 
 

@@ -4,7 +4,6 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 HELP = """\
 [bold]jdiff[/]: diffusion and flow models in JAX
@@ -28,7 +27,7 @@ HELP = """\
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """Sample a trained model.
+    """Sample a trained model: RUN is a folder that `jdiff train` wrote, or a .safetensors file.
 
     Sample i depends on the seed and on i alone: another --batch, or more samples, give the same first ones.
 
@@ -36,7 +35,6 @@ class SampleConfig:
       jdiff sample runs/digits --solver "deis(order=3, variable='lam')" --grid karras --nfe 8 --n 100 --label 3
     """
 
-    run: Any  # a folder that `jdiff train` wrote, or a .safetensors file
     solver: str = "unipc"  # a name, or a name with options as in the examples; `jdiff list` shows them
     nfe: int = 20  # network evaluations that may be spent (guidance doubles the cost of each)
     grid: str = "logsnr"  # time grid: uniform, logsnr, karras, quadratic
@@ -50,7 +48,8 @@ class SampleConfig:
     check: bool = False  # stop at non-finite values, naming the evaluation and its time
 
 
-def sample(config: SampleConfig) -> None:
+def sample(run: Path, config: SampleConfig) -> None:
+    """Sample the model in `run`, a folder that `jdiff train` wrote or a .safetensors file, into config.out."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -65,7 +64,7 @@ def sample(config: SampleConfig) -> None:
     if config.n < 1 or config.batch < 1:
         raise ValueError(f"--n and --batch must be at least 1, got n={config.n}, batch={config.batch}")
     steps = solver.steps(config.nfe)
-    net, _, meta = checkpoint.load_params(config.run, config.ema)
+    net, _, meta = checkpoint.load_params(run, config.ema)
     classes = meta["net"]["num_classes"]
     if config.label is not None and not 0 <= config.label < max(classes, 1):
         raise ValueError(f"--label {config.label}: the model has {classes} classes, numbered from 0")
@@ -78,7 +77,9 @@ def sample(config: SampleConfig) -> None:
 
     labels = np.full(config.n, config.label) if config.label is not None else np.arange(config.n) % max(classes, 1)
     null = np.full(config.n, net.null_label if config.guidance != 1.0 else 0)
-    model, images = train.denoiser_from(config.run, config.ema), []
+    model, images = train.denoiser_from(run, config.ema), []
+    p, keys = model.process, jax.random.split(jax.random.key(config.seed))
+    table = solver(p, times.ALL[config.grid](p, steps))
     for start in track(range(0, config.n, config.batch), "sampling"):
         index = jnp.arange(start, start + config.batch)  # the last batch is full too, and cut afterwards
         rows = np.minimum(np.asarray(index), config.n - 1)
@@ -86,8 +87,6 @@ def sample(config: SampleConfig) -> None:
         denoiser = model.with_cond(cond(labels)) if classes else model
         if config.guidance != 1.0:
             denoiser = guidance.cfg(denoiser, model.with_cond(cond(null)), config.guidance)
-        p, keys = denoiser.process, jax.random.split(jax.random.key(config.seed))
-        table = solver(p, times.ALL[config.grid](p, steps))
         x = p.prior(keys[0], (config.batch, net.image_size, net.image_size, net.channels), index)
         images.append(np.asarray(jdiff.sample(denoiser, table, x, keys[1], index=index, check=config.check)))
     x = np.concatenate(images)[: config.n]
@@ -147,7 +146,13 @@ def _train(args: Sequence[str]) -> None:
 def _sample(args: Sequence[str]) -> None:
     import tyro
 
-    sample(tyro.cli(SampleConfig, args=args, prog="jdiff sample"))
+    named = bool(args) and not args[0].startswith("-")
+    config = tyro.cli(SampleConfig, args=args[named:], prog="jdiff sample RUN")
+    if not named:
+        raise ValueError(
+            "name the run first: jdiff sample RUN, a folder that `jdiff train` wrote or a .safetensors file"
+        )
+    sample(Path(args[0]), config)
 
 
 def _reproduce(args: Sequence[str]) -> None:

@@ -171,6 +171,7 @@ def _plot(table: Table, cells: Mapping[tuple[str, Any], Cell], path: Path) -> No
 
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     colours = matplotlib.colormaps["tab20"]
@@ -183,7 +184,10 @@ def _plot(table: Table, cells: Mapping[tuple[str, Any], Cell], path: Path) -> No
         axes.axhline(floor, color="black", lw=1, ls=":", label="real, held out")
     axes.set(xscale="log", yscale="log", xlabel=table.column_title, ylabel=table.metric, title=table.name)
     axes.set_xticks(table.columns, list(map(str, table.columns)))
-    axes.minorticks_off()
+    axes.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.savefig(path, dpi=150)

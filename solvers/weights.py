@@ -6,7 +6,6 @@ from collections.abc import Callable
 import numpy as np
 
 _GAUSS = np.polynomial.legendre.leggauss(16)
-_LAGUERRE = np.polynomial.laguerre.laggauss(32)
 
 
 def moments(h: float, n: int) -> np.ndarray:
@@ -41,9 +40,3 @@ def quadrature(f: Callable[[np.ndarray], np.ndarray], a: float, b: float, panels
     half = 0.5 * np.diff(edges)
     points = (edges[:-1] + half)[:, None] + half[:, None] * x
     return f(points.ravel()) @ (half[:, None] * w).ravel()
-
-
-def laguerre(f: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-    """int_0^inf e^(-u) f(u) du by Gauss-Laguerre, exact for polynomials f of degree < 64."""
-    x, w = _LAGUERRE
-    return f(x) @ w

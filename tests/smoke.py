@@ -20,7 +20,7 @@ for name, make in solvers.ALL.items():
     out = jdiff.sample(model.denoiser(p), make()(p, times.logsnr(p, 20)), x, jax.random.key(1), check=True)
     if not make().stochastic:
         error = float(np.abs(out - model.flow(p, x, 1.0, 0.0)).max())
-        assert error < 0.2, (name, error)
+        assert error < 0.5, (name, error)
 
 warnings.simplefilter("default")  # other libraries' deprecations are theirs
 with tempfile.TemporaryDirectory() as folder:

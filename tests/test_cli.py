@@ -142,7 +142,7 @@ def test_one_cell_of_fast_sampling(tmp_path):
     context = experiment.prepare(settings)
     cell = experiment.cell(context, "UniPC-3", 5)
     assert cell["evaluations"] == 5 and cell["n"] == 64 and cell["n_reference"] == 899
-    assert 0 < cell["floor"] < 2 < cell["Fréchet distance"] < 100  # hardly trained: far, but no noise
+    assert 0 < cell["floor"] < 5 < cell["Fréchet distance"] < 100  # hardly trained: far, but no noise
     assert (tmp_path / cell["picture"]).exists()
     json.dumps(cell)
     assert set(experiment.HIGH_ORDER) < set(experiment.SOLVERS)
