@@ -195,7 +195,7 @@ def _sheet(cells: Mapping[tuple[str, Any], reproduce.Cell], out: Path) -> None:
     import matplotlib.pyplot as plt
 
     rows, columns = ("DDIM (Euler)", "Heun", "DPM-Solver++(2M)", "DEIS-3 (log-SNR)", "UniPC-3"), (5, 10, 50)
-    figure, axes = plt.subplots(len(rows), len(columns), figsize=(11, 4.2), layout="constrained")
+    figure, axes = plt.subplots(len(rows), len(columns), figsize=(11, 2.8), layout="constrained")
     for i, row in enumerate(rows):
         for j, nfe in enumerate(columns):
             image = plt.imread(out / cells[row, nfe]["picture"])

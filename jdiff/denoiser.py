@@ -121,6 +121,25 @@ def cast_like(output: PyTree, x: PyTree) -> PyTree:
     return jax.tree.map(leaf, output, x)
 
 
+@dataclass(frozen=True)
+class _Preconditioned:
+    """edm_precondition's result; equal ones compare equal, so nothing is compiled twice."""
+
+    fn: Callable[..., PyTree]
+    process: Process
+    sigma_data: float
+
+    def __call__(self, params: PyTree, x: jax.Array, t: Time, *cond: PyTree) -> jax.Array:
+        p, d2 = self.process, self.sigma_data**2
+        a, s = p.alpha(t), p.sigma(t)
+        # in (a, s), so that alpha = 0 divides by nothing: c_in y = x / sqrt(s^2 + d2 a^2)
+        norm = jnp.sqrt(s * s + d2 * a * a)
+        r = s * _reciprocal(jnp.maximum(a, 1e-6))
+        lowest = float(p.sigma(p.t_min) / p.alpha(p.t_min))
+        out = self.fn(params, x / norm, 0.25 * jnp.log(jnp.maximum(r, lowest)), *cond)
+        return (d2 * a / norm**2) * x + (self.sigma_data * s / norm) * out
+
+
 def edm_precondition(fn: Callable[..., PyTree], process: Process, sigma_data: float = 0.5) -> Callable[..., PyTree]:
     """EDM's preconditioning (Karras et al. 2022, table 1) of a raw network F, for any process.
 
@@ -128,15 +147,6 @@ def edm_precondition(fn: Callable[..., PyTree], process: Process, sigma_data: fl
     `fn(params, x, t, *cond)` becomes a function of the same arguments; pair it with prediction="x0". At sigma = 0
     the network's time is clipped to that of t_min.
     """
-    d2 = sigma_data**2
-
-    def preconditioned(params: PyTree, x: jax.Array, t: Time, *cond: PyTree) -> jax.Array:
-        a, s = process.alpha(t), process.sigma(t)
-        # in (a, s), so that alpha = 0 divides by nothing: c_in y = x / sqrt(s^2 + d2 a^2)
-        norm = jnp.sqrt(s * s + d2 * a * a)
-        r = s * _reciprocal(jnp.maximum(a, 1e-6))
-        lowest = float(process.sigma(process.t_min) / process.alpha(process.t_min))
-        out = fn(params, x / norm, 0.25 * jnp.log(jnp.maximum(r, lowest)), *cond)
-        return (d2 * a / norm**2) * x + (sigma_data * s / norm) * out
-
-    return preconditioned
+    if not sigma_data > 0:
+        raise ValueError(f"edm_precondition: sigma_data is {sigma_data}; expected the data's standard deviation, > 0")
+    return _Preconditioned(fn, process, float(sigma_data))

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Int, PyTree
+from jaxtyping import Array, Integer, PyTree
 
 from jdiff import noise
 from jdiff.denoiser import Denoiser, cast_like
@@ -68,7 +68,7 @@ def rows(tableau: Tableau, dtype: Any) -> Rows:
 
 
 def stepper(
-    denoiser: Denoiser, h0: Any, c0: Any, *, prediction: str = "x0", index: Int[Array, " batch"] | None = None
+    denoiser: Denoiser, h0: Any, c0: Any, *, prediction: str = "x0", index: Integer[Array, " batch"] | None = None
 ) -> Stepper:
     """The Stepper of a tableau whose start is (h0, c0); its rows come from `rows`. `index`: see `sample`."""
 
@@ -109,7 +109,7 @@ def sample(
     x: PyTree,
     key: Array | None = None,
     *,
-    index: Int[Array, " batch"] | None = None,
+    index: Integer[Array, " batch"] | None = None,
     trajectory: bool = False,
     callback: Callable[[Any], None] | None = None,
     check: bool = False,

@@ -6,10 +6,10 @@ So the same sample comes out whatever the batch it is drawn in and however the b
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int, PyTree
+from jaxtyping import Array, Integer, PyTree
 
 
-def normal(key: Array, like: PyTree, index: Int[Array, " batch"] | None = None) -> PyTree:
+def normal(key: Array, like: PyTree, index: Integer[Array, " batch"] | None = None) -> PyTree:
     """Standard normal noise shaped like `like`, a pytree of arrays (or ShapeDtypeStructs), batch axis first.
 
     `index` (batch,) holds each sample's global index; the default is its place, 0, 1, ..., in this batch.

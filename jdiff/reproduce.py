@@ -185,7 +185,7 @@ def _plot(table: Table, cells: Mapping[tuple[str, Any], Cell], path: Path) -> No
     axes.set(xscale="log", yscale="log", xlabel=table.column_title, ylabel=table.metric, title=table.name)
     axes.set_xticks(table.columns, list(map(str, table.columns)))
     axes.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
-    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))
+    axes.yaxis.set_major_locator(LogLocator(subs=range(1, 10), numticks=50))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.grid(alpha=0.3)

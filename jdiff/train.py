@@ -224,9 +224,9 @@ class _Clock:
 
     def read(self) -> float:
         now = time.perf_counter()
-        seconds = (now - self.since) / max(self.steps, 1)
+        seconds = (now - self.since) / self.steps if self.steps else float("nan")  # nothing but the first step yet
         self.since, self.steps = now, 0
-        return max(seconds, 1e-9)
+        return seconds
 
 
 def _items(state: TrainState, sums: Meter) -> dict[str, PyTree]:
