@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """What to train, on what, and how. Everything but the fields in MAY_CHANGE is fixed for the life of a run."""
+    """What to train, on what, and how. Everything but the fields in `MAY_CHANGE` is fixed for the life of a run."""
 
     out: str = "runs/digits"  # folder of the run: checkpoints, snapshots, metrics
     data: str = "digits"  # data set: digits, tfds:NAME, or a folder or .zip of images in one folder a class
-    split: str | None = "train"  # part of the data set; None: its default
+    split: str | None = None  # part of the data set; None: the training half of digits, train of tfds, all of a folder
     data_dir: str | None = None  # where tfds data sets lie prepared
     size: int | None = None  # resize images to size x size pixels; None: as they are
     net: str = "DiT-Ti/2"  # a name in jdiff.nets.PRESETS

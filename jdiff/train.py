@@ -130,7 +130,8 @@ def train(
     recipe.check(config)
     mesh, process = recipe.data_mesh(config.batch), recipe.make_process(config)
     if dataset is None:
-        dataset = data.load(config.data, split=config.split, size=config.size, data_dir=config.data_dir)
+        part = "train" if config.split is None and config.data == "digits" else config.split
+        dataset = data.load(config.data, split=part, size=config.size, data_dir=config.data_dir)
     data.batch_indices(len(dataset), config.batch, config.seed, 0)  # reports a batch larger than the data set
     build = lambda seed: recipe.build_net(config, dataset, nnx.Rngs(jax.random.key(seed)))
     net = nnx.eval_shape(lambda: build(0))
