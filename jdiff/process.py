@@ -132,7 +132,7 @@ class Process:
 
 
 class _VariancePreserving(Process):
-    """alpha^2 + sigma^2 = 1, from log alpha and its derivative."""
+    """alpha^2 + sigma^2 = 1, from log alpha and its derivative, or from alpha, sigma and dalpha themselves."""
 
     def log_alpha(self, t: Time) -> Any:
         raise NotImplementedError
@@ -183,7 +183,7 @@ class VPLinear(_VariancePreserving):
 
 
 @dataclass(frozen=True)
-class VPCosine(Process):
+class VPCosine(_VariancePreserving):
     s: float
 
     @property
@@ -193,10 +193,6 @@ class VPCosine(Process):
     @property
     def _rate(self) -> float:
         return 0.5 * math.pi / (1.0 + self.s)
-
-    @property
-    def prior_std(self) -> float:
-        return 1.0
 
     def alpha(self, t: Time) -> Any:
         t = _float(t)  # cos(u) as a sine of the distance to t = 1: no cancellation there
@@ -210,10 +206,6 @@ class VPCosine(Process):
     def dalpha(self, t: Time) -> Any:
         t = _float(t)
         return -self._rate * _xp(t).cos(self._rate * (1.0 - t)) / math.cos(self._u0)
-
-    def dsigma(self, t: Time) -> Any:
-        t = _float(t)
-        return -self.alpha(t) * self.dalpha(t) / _xp(t).maximum(self.sigma(t), 1e-15)
 
     def t_of_lam(self, lam: Any) -> Any:
         lam = _float(lam)
