@@ -1,5 +1,6 @@
 """Tracing: rows do what the formulas say, registers are few, mistakes are named."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -96,6 +97,20 @@ def test_a_noise_may_be_used_twice_and_a_point_evaluated_twice():
 
     T = jdiff.trace(sampler, P)
     np.testing.assert_allclose(T.unrolled(), [[1, 0, 0, 0.5, 0, 0], [1, 0, 0, 0.5, 0, 0], [0.25, 1, -2, 1.125, 0, 0]])
+
+
+def test_two_noises_in_one_row_are_two():
+    def sampler(x, model, noise):
+        y = x + 3.0 * noise() + 4.0 * noise()
+        return model(y, 0.5) + 1.0 * noise() - 2.0 * noise()
+
+    T = jdiff.trace(sampler, P)
+    assert (
+        T.noises == 2 and sorted(T.unrolled()[0, 2:]) == [0, 0, 3, 4] and sorted(T.unrolled()[1, 2:]) == [-2, 0, 0, 1]
+    )
+    zeros = jdiff.denoiser(lambda x, t: 0 * x, P, "x0")
+    x = np.asarray(jdiff.sample(zeros, T, jnp.zeros((40000, 1)), jax.random.key(0)))
+    assert abs(x.var() - 5) < 5 * 4 * np.sqrt(2 / 40000)
 
 
 def test_coefficients_may_have_the_samples_shape():
