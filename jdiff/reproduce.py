@@ -154,7 +154,12 @@ def grid(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 def _settings(settings: Any) -> list[str]:
     shown = {k: v for k, v in dataclasses.asdict(settings).items() if k != "out"}
-    return ["Settings: " + ", ".join(f"{k} = {v}" for k, v in shown.items()) + "."]
+    import jax
+
+    import jdiff
+
+    where = f"jdiff {jdiff.__version__}, JAX {jax.__version__}, {jax.device_count()} x {jax.devices()[0].device_kind}"
+    return ["Settings: " + ", ".join(f"{k} = {v}" for k, v in shown.items()) + f". Written by {where}."]
 
 
 def _markdown(table: Table, cells: Mapping[tuple[str, Any], Cell]) -> list[str]:
