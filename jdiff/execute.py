@@ -211,6 +211,11 @@ def _checked(denoiser: Denoiser, tableau: Tableau, x: PyTree, key: Array | None)
         if leaf.ndim < 1 or leaf.shape[0] != leaves[0].shape[0]:
             shapes = [v.shape for v in leaves]
             raise ValueError(f"x holds shapes {shapes}; all leaves need the same leading batch axis")
+        if not _broadcasts(d := tableau.A.shape[3:], leaf.shape[1:]):
+            raise ValueError(
+                f"the tableau has coefficients of shape {d} (a time grid an element), which do not broadcast against "
+                f"one sample of shape {leaf.shape[1:]}"
+            )
         if leaf.dtype != leaves[0].dtype:
             raise TypeError(f"x mixes dtypes {sorted({str(v.dtype) for v in leaves})}; use one")
         if not isinstance(leaf, Tracer) and not bool(jnp.isfinite(leaf).all()):
@@ -218,3 +223,7 @@ def _checked(denoiser: Denoiser, tableau: Tableau, x: PyTree, key: Array | None)
                 "the initial sample x holds NaN or infinite values; draw it with process.prior(key, shape)"
             )
     return x
+
+
+def _broadcasts(d: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    return len(d) <= len(shape) and all(a in (1, b) for a, b in zip(d[::-1], shape[::-1], strict=False))

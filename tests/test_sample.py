@@ -207,6 +207,7 @@ def test_check_names_the_evaluation_and_its_time():
 
 def test_bad_input_is_one_clear_error_before_compilation():
     den, T, x = G.denoiser(P), solvers.ddim()(P, times.uniform(P, 3)), P.prior(KEY, (2, 2))
+    each = solvers.ddim()(P, np.stack([times.uniform(P, 3)] * 3, -1))
     wrong_shape = jdiff.denoiser(lambda x, t: x[:, :1], P, "x0")
     learned_variance = jdiff.denoiser(lambda x, t: jnp.concatenate([x, x], -1), P, "eps")
     cases = [
@@ -224,6 +225,7 @@ def test_bad_input_is_one_clear_error_before_compilation():
         (lambda: jdiff.sample(learned_variance, T, x), ValueError, "extra channels cut off"),
         (lambda: jdiff.sample(den, solvers.ddim()(process.flow(), [1.0, 0.5]), x), ValueError, "built for Flow"),
         (lambda: jdiff.sample(jdiff.denoiser(lambda x, t: (x, x), P, "x0"), T, x), ValueError, "one array for each"),
+        (lambda: jdiff.sample(den, each, x), ValueError, r"shape \(3,\) .* one sample of shape \(2,\)"),
         (lambda: jdiff.denoiser(lambda x, t: x, P, "epsilon"), ValueError, "unknown prediction kind 'epsilon'"),
     ]
     compiled = []
