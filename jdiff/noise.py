@@ -1,8 +1,8 @@
 """Standard normal noise in which a sample depends on its key and its own global index alone.
 
 So the same sample comes out whatever the batch it is drawn in and however the batch lies on a mesh:
-`normal(key, x)[i]` is drawn from `fold_in(key, index[i])` and from nothing else. (The random bits are the same; the last
-digit of the normal made of them may be rounded otherwise where XLA compiles for another shape.)
+`normal(key, x)[i]` is drawn from `fold_in(key, index[i])` and from nothing else. (The random bits are the same; the
+last digit of the normal made of them may be rounded otherwise where XLA compiles for another shape.)
 """
 
 import jax
