@@ -172,7 +172,8 @@ def _reproduce(args: Sequence[str]) -> None:
     if not args or args[0] in ("-h", "--help"):
         print("usage: jdiff reproduce NAME [options]; jdiff reproduce NAME --help explains them. Names:")
         for name in tables.names():
-            print(f"  {name:20s} {tables.find(name).summary.splitlines()[0]}")
+            table = tables.find(name)
+            print(f"  {name:20s} {table.summary.splitlines()[0]}\n{'':23s}needs {table.needs}")
         return
     reproduce(args[0], args[1:])
 

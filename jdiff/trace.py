@@ -192,20 +192,20 @@ def trace(
 
     # Values that cross evaluations, and the last evaluation each must survive.
     until: dict[Linear, int] = {}
-    queue = [(point, min(k, point.segment)) for k, point in enumerate(points)]
+    queue = list(points)
     for k, point in enumerate(points):
         if point.segment < k:  # evaluated later than computed
             until[point] = max(until.get(point, -1), k - 1)
     seen: set[Linear] = set()
     while queue:
-        node, _ = queue.pop()
+        node = queue.pop()
         if node in seen:
             continue
         seen.add(node)
         for leaf in _flatten(node):
             if leaf.segment < node.segment:
                 until[leaf] = max(until.get(leaf, -1), node.segment - 1)
-                queue.append((leaf, leaf.segment))
+                queue.append(leaf)
 
     # Register allocation: 0 is the evaluation point, the others keep their place while they live.
     places: list[dict[Linear, int]] = []

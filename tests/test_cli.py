@@ -81,7 +81,7 @@ def test_what_users_get_wrong(trained, tmp_path, capsys):
     assert "10 classes" in says("sample", trained, "--label", 12)
     assert "did you mean fast-sampling" in says("reproduce", "fast-samplng")
     assert "n is 5000" in says("reproduce", "fast-sampling", "--n", 5000, "--out", tmp_path / "r")
-    assert "no finished checkpoint" in says("sample", tmp_path) or "checkpoint" in says("sample", tmp_path)
+    assert "holds no checkpoint" in says("sample", tmp_path)
     assert "learning_rate" in says("train", "--out", trained, *TINY, *LOGS, "--learning-rate", 0.5)
     assert "batch 12 is not divisible by the mesh's 8 devices; the nearest is 16" in says(
         "train", "--out", tmp_path / "x", *TINY, *LOGS, "--batch", 12
