@@ -16,7 +16,7 @@ if not os.path.isdir(os.path.join(os.path.dirname(__file__), "solvers")):  # a c
 
 from jdiff import exact, noise, predict, process, times
 from jdiff.denoiser import Denoiser, denoiser, edm_precondition
-from jdiff.execute import Info, State, Stepper, Trajectory, rows, sample, stepper
+from jdiff.execute import Info, State, Stepper, Trajectory, rows, run, sample, stepper
 from jdiff.tableau import Record, Tableau
 from jdiff.trace import Solver, trace
 
@@ -60,5 +60,5 @@ def __dir__() -> list[str]:
 
 __all__ = [
     "Denoiser", "Info", "Record", "Solver", "State", "Stepper", "Tableau", "Trajectory", "denoiser",
-    "edm_precondition", "exact", "noise", "predict", "process", "rows", "sample", "stepper", "times", "trace",
+    "edm_precondition", "exact", "noise", "predict", "process", "rows", "run", "sample", "stepper", "times", "trace",
 ]  # fmt: skip

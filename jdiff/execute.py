@@ -97,6 +97,18 @@ def stepper(
     return Stepper(init, step)
 
 
+def run(stepper: Stepper, rows: PyTree, x: PyTree, key: Array | None = None) -> tuple[Any, Any]:
+    """The scan of any Stepper, your own too, over `rows` (a pytree whose leaves have the steps in front).
+
+    Returns (the last state, the infos stacked over steps). Step k draws from fold_in(key, k), k = 1, 2, ..; init from
+    fold_in(key, 0). Pure, and not jitted: `jax.jit(lambda x, key: jdiff.run(stepper, rows, x, key))`.
+    """
+    fold = lambda k: None if key is None else jax.random.fold_in(key, k)
+    n = jax.tree.leaves(rows)[0].shape[0]
+    body = lambda state, k_row: stepper.step(fold(k_row[0]), state, k_row[1])
+    return jax.lax.scan(body, stepper.init(fold(0), x), (jnp.arange(1, n + 1, dtype=jnp.int32), rows))
+
+
 def _key(key: Array | None) -> Array:
     if key is None:
         raise ValueError("this solver draws noise: pass key=jax.random.key(seed)")

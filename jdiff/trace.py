@@ -129,7 +129,8 @@ class Solver:
     """A builder: `solver(process, times)` is a Tableau. Made by the functions of `jdiff.solvers`.
 
     `sampler(g, x, model, noise)` states the formulas, on one grid. `cost(n)` is the NFE of n steps
-    that end at sigma = 0.
+    that end at sigma = 0. `prediction` is what the formulas hold constant or make a polynomial of ("x0", "eps", ..);
+    `when` says in one line when to use it.
     """
 
     name: str
@@ -139,6 +140,8 @@ class Solver:
     cost: Callable[[int], int] = lambda n: n
     min_steps: int = 1
     stochastic: bool = False
+    prediction: str = "x0"
+    when: str = ""
 
     def __call__(self, process: Process, times: Any) -> Tableau:
         """times (n + 1,), or (n + 1, *d): a grid for each element of a sample of shape *d (or one that broadcasts)."""
