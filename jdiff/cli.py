@@ -12,7 +12,7 @@ HELP = """\
   train             train a DiT or a UNet on images; started again, it goes on exactly where it was
   sample RUN        sample a trained model with any solver; writes a PNG grid and an .npz
   reproduce NAME    compute a paper's table again, with a plot and sample grids
-  list              what there is: processes, time grids, solvers, nets, experiments
+  list [GROUP]      what there is: processes, time grids, solvers, nets, experiments; `list solvers` says more of them
 
 [bold]Examples[/]
   jdiff train --out runs/digits --steps 2000
@@ -122,26 +122,52 @@ def reproduce(name: str, args: Sequence[str]) -> None:
     print(f"written: {report}, table.csv and plot.png beside it")
 
 
-def listing() -> None:
-    """Print processes, time grids, solvers, nets and experiments, a line each."""
+def listing(group: str | None = None) -> None:
+    """Print processes, time grids, solvers, nets and experiments, a line each; or one group of them.
+
+    ValueError for an unknown group. `listing("solvers")` prints order, cost, prediction, noise, use and source.
+    """
     from rich.console import Console
     from rich.table import Table
 
     from jdiff import nets, process, reproduce, solvers, times
 
     line = lambda fn: (fn.__doc__ or "").strip().splitlines()[0]
-    groups: dict[str, dict[str, str]] = {
-        "processes": {k: line(f) for k, f in process.ALL.items()},
-        "time grids": {k: line(f) for k, f in times.ALL.items()},
-        "solvers": {k: line(f) for k, f in solvers.ALL.items()},
-        "nets": {k: preset.doc for k, preset in nets.PRESETS.items()},
-        "experiments": {k: reproduce.find(k).summary.splitlines()[0] for k in reproduce.names()},
+    groups: dict[str, Callable[[], dict[str, str]]] = {
+        "processes": lambda: {k: line(f) for k, f in process.ALL.items()},
+        "grids": lambda: {k: line(f) for k, f in times.ALL.items()},
+        "solvers": lambda: {k: line(f) for k, f in solvers.ALL.items()},
+        "nets": lambda: {k: preset.doc for k, preset in nets.PRESETS.items()},
+        "experiments": lambda: {k: reproduce.find(k).summary.splitlines()[0] for k in reproduce.names()},
     }
+    if group is not None and group not in groups:
+        raise ValueError(solvers.unknown("group", group, groups))
+    if group == "solvers":
+        return _list_solvers()
     for title, entries in groups.items():
-        table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2))
-        for name, text in entries.items():
-            table.add_row(f"[bold]{name}[/]", text)
-        Console().print(table)
+        if group in (None, title):
+            table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2))
+            for name, text in entries().items():
+                table.add_row(f"[bold]{name}[/]", text)
+            Console().print(table)
+
+
+def _list_solvers() -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from jdiff import solvers
+
+    table = Table(
+        "solver", "order", "NFE a step", "holds", "noise", "when to use it", "source", box=None, padding=(0, 1)
+    )
+    for name, make in solvers.ALL.items():
+        s = make()
+        each = s.cost(13) - s.cost(12)
+        noise = "yes" if s.stochastic else "no"
+        table.add_row(f"[bold]{name}[/]", str(s.order), str(each), s.prediction, noise, s.when, "; ".join(s.references))
+    Console().print(table)
+    print("Defaults shown; options: python -c 'import jdiff; help(jdiff.solvers.unipc)'")
 
 
 def _train(args: Sequence[str]) -> None:
@@ -182,7 +208,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "train": _train,
     "sample": _sample,
     "reproduce": _reproduce,
-    "list": lambda args: listing(),
+    "list": lambda args: listing(*args[:1]),
 }
 
 

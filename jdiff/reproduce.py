@@ -163,10 +163,15 @@ def _settings(settings: Any) -> list[str]:
 
 
 def _markdown(table: Table, cells: Mapping[tuple[str, Any], Cell]) -> list[str]:
-    """Rows by columns; the best of each column is bold."""
+    """Rows by columns; the best of each column is bold. A cell's "METRIC se" is shown as +- its standard error."""
     value = lambda row, column: cells.get((row, column), {}).get(table.metric)
     best = {c: min((v for r in table.rows if (v := value(r, c)) is not None), default=None) for c in table.columns}
-    shown = lambda r, c: f"**{number(value(r, c))}**" if value(r, c) == best[c] != None else number(value(r, c))  # noqa: E711
+
+    def shown(row: str, column: Any) -> str:
+        text, error = number(value(row, column)), cells.get((row, column), {}).get(f"{table.metric} se")
+        text = f"**{text}**" if value(row, column) == best[column] is not None else text
+        return text if error is None else f"{text} ± {error:.1g}"
+
     rows = [[row, *(shown(row, column) for column in table.columns)] for row in table.rows]
     return [f"{table.metric} by {table.column_title}:", "", *grid([table.row_title, *map(str, table.columns)], rows)]
 
