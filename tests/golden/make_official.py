@@ -7,6 +7,8 @@ repositories,
     uni_pc.py               github.com/wl-zhao/UniPC               uni_pc.py
     pndm_method.py          github.com/luping-liu/PNDM             runner/method.py
     th_deis/                github.com/qsh-zh/deis                 th_deis/
+    sa_solver.py            github.com/scxue/SA-Solver             sa_solver.py
+    momentum_scheduler.py   github.com/sWizad/momentum-diffusion   stable_diffusion/diffusion/momentum_scheduler.py
     diff_solvers.py, solver_utils.py   github.com/zju-pi/diff-sampler   diff-solvers-main/solvers.py, solver_utils.py
 
 run `python tests/golden/make_official.py FOLDER`. How a sampler becomes a table is told in make_golden.py. Nothing of

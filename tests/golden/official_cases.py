@@ -7,8 +7,10 @@ what it asks for (eps, or the denoised sample), computed from the denoised sampl
 import importlib
 import itertools
 import sys
+import types
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -108,6 +110,58 @@ def diff_sampler(name: str, entry: str, times: np.ndarray, **options) -> Case:
     return Case(name, "diff-sampler", entry, options, "ve", "karras", sampler, levels(times, level))
 
 
+def sa_solver(name: str, mode: str, tau: float, predictor: int, corrector: int, steps=8) -> Case:
+    module = importlib.import_module("sa_solver")
+    module.tqdm = lambda steps: steps
+    schedule = module.NoiseScheduleVP("discrete", betas=BETAS, dtype=torch.float64)
+    level = lambda t: (
+        schedule.marginal_alpha(torch.tensor([t])).item(),
+        schedule.marginal_std(torch.tensor([t])).item(),
+    )
+    make = {"algorithm_type": "data_prediction"}
+    run = {"predictor_order": predictor, "corrector_order": corrector, "skip_type": "logSNR"}
+
+    def sampler(x, model, noise):
+        solver = module.SASolver(noise_network(model, level), schedule, **make)
+        with mock.patch("torch.randn_like", lambda x: noise().reshape(x.shape)):
+            image = x.reshape(1, 1, 1, -1)
+            return solver.sample(mode, image, lambda t: tau, steps, **run).reshape(1, -1)
+
+    times = list(module.SASolver(lambda x, t: x, schedule, **make).get_time_steps("logSNR", 1.0, 1e-3, steps, 1, "cpu"))
+    ends = levels(times, level)
+    if mode == "more_steps":
+        ends = np.concatenate([ends, [[1.0, 0.0]]])
+    options = {"mode": mode, "tau": tau, "steps": steps, **run}
+    return Case(name, "SA-Solver", "SASolver", options, "vp", "logSNR, 1 to 0.001", sampler, ends)
+
+
+def momentum(name: str, entry: str, order: float, steps=10) -> Case:
+    """The wrappers of DDIM in the momentum code: `order` 2.8 is order 3 with beta = 0.8."""
+    stub = types.ModuleType("diffusers")
+    for klass in ("DDIMScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "PNDMScheduler"):
+        setattr(stub, klass, type(klass, (), {}))
+    with mock.patch.dict(sys.modules, {"diffusers": stub}):
+        sys.modules.pop("momentum_scheduler", None)
+        module = importlib.import_module("momentum_scheduler")
+    cumulative = torch.cumprod(1 - BETAS, 0)
+    level = lambda t: (
+        (cumulative[int(t)].sqrt().item(), (1 - cumulative[int(t)]).sqrt().item()) if t >= 0 else (1.0, 0.0)
+    )
+    times = [999 - k * (1000 // steps) for k in range(steps)]
+
+    def sampler(x, model, noise):
+        base = stub.DDIMScheduler()
+        base.config = types.SimpleNamespace(num_train_timesteps=1000, prediction_type="epsilon")
+        base.num_inference_steps, base.alphas_cumprod, base.final_alpha_cumprod = steps, cumulative, torch.tensor(1.0)
+        wrapped, network = getattr(module, entry)(base, order), noise_network(model, level)
+        for t in times:
+            x = wrapped.step(network(x, t), t, x)
+        return x
+
+    return Case(name, "momentum-diffusion", entry, {"order": order, "steps": steps}, "vp", "trailing",
+                sampler, levels([*times, -1], level))  # fmt: skip
+
+
 def karras(n: int, low=0.002, high=80.0, rho=7.0) -> np.ndarray:
     return np.linspace(high ** (1 / rho), low ** (1 / rho), n + 1) ** rho
 
@@ -152,3 +206,11 @@ def cases(folder: Path) -> Iterator[Case]:
         yield diff_sampler(f"diff_ipndm{order}", "ipndm_sampler", karras(8), max_order=order)
         yield diff_sampler(f"diff_ipndm_v{order}", "ipndm_v_sampler", karras(8), max_order=order)
     yield diff_sampler("diff_dpm2", "dpm_2_sampler", karras(5), r=0.5)
+    for mode in ("few_steps", "more_steps"):
+        for tau in (0.0, 1.0, 0.4):
+            for predictor, corrector in ((1, 0), (2, 0), (3, 0), (1, 2), (2, 3), (3, 4)):
+                yield sa_solver(f"sa_{mode}_tau{tau:g}_{predictor}{corrector}", mode, tau, predictor, corrector)
+    for short, entry in (("ghvb", "GHVBScheduler"), ("hb", "PLMSWithHBScheduler"), ("nesterov", "PLMSWithNTScheduler")):
+        for order in (1, 2, 3, 4, 5):
+            yield momentum(f"{short}_{order}_beta0.5", entry, order - 0.5)
+        yield momentum(f"{short}_3_beta1", entry, 3)
