@@ -63,13 +63,16 @@ def noise(model: exact.Mixture, p: Process, seed: int, n: int) -> jax.Array:
     return jnp.asarray(p.prior_std * z)
 
 
-def flow(model: exact.Mixture, p: Process, x: jax.Array, rtol: float = 1e-8) -> np.ndarray:
-    """The probability flow from x at t_max to sigma = 0: closed form for a Gaussian, DOP853 otherwise.
+def flow(
+    model: exact.Mixture, p: Process, x: jax.Array, rtol: float = 1e-8, start: float | None = None, end: float = 0.0
+) -> np.ndarray:
+    """The probability flow from x at start (default t_max) to end: closed form for a Gaussian, DOP853 otherwise.
 
     The integration runs along the angle phi, z = cos(phi) x0 + sin(phi) eps, which is smooth from end to end.
     """
+    start = p.t_max if start is None else start
     if isinstance(model, exact.Gaussian):
-        return np.asarray(model.flow(p, x, p.t_max, 0.0))
+        return np.asarray(model.flow(p, x, start, end))
     import scipy.integrate
 
     polar = process.vp_cosine(s=1e-12)  # any process knows E[x0 | cos x0 + sin eps]; here t = 2 phi / pi
@@ -81,11 +84,12 @@ def flow(model: exact.Mixture, p: Process, x: jax.Array, rtol: float = 1e-8) -> 
         eps = (z - np.cos(phi) * D) / np.sin(phi)
         return (np.cos(phi) * eps - np.sin(phi) * D).ravel()
 
-    a, s = float(p.alpha(p.t_max)), float(p.sigma(p.t_max))
-    first, last = np.arctan2(s, a), 1e-6
+    (a, s), (a1, s1) = ((float(p.alpha(t)), float(p.sigma(t))) for t in (start, end))
+    first, last = np.arctan2(s, a), max(np.arctan2(s1, a1), 1e-6)
     z = np.asarray(x) / np.hypot(a, s)
     found = scipy.integrate.solve_ivp(slope, (first, last), z.ravel(), "DOP853", rtol=rtol, atol=0.1 * rtol)
-    return np.asarray(denoise(found.y[:, -1].reshape(x.shape), 2.0 * last / np.pi))
+    z = found.y[:, -1].reshape(x.shape)
+    return np.hypot(a1, s1) * z if end > 0 else np.asarray(denoise(z, 2.0 * last / np.pi))
 
 
 def errors(denoiser: jdiff.Denoiser, table: jdiff.Tableau, x: jax.Array, target: np.ndarray) -> dict[str, float]:
