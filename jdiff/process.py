@@ -249,6 +249,73 @@ class VPDiscrete(_VariancePreserving):
 
 
 @dataclass(frozen=True)
+class ZeroTerminal(_VariancePreserving):
+    """alpha of `base`, moved and scaled beyond time t_first so that it ends at 0; before it, unchanged."""
+
+    base: _VariancePreserving
+    t_first: float
+
+    @property
+    def _ends(self) -> tuple[float, float, float]:
+        """alpha at the first and the last level, and the scale that keeps the first."""
+        first, last = float(self.base.alpha(self.t_first)), float(self.base.alpha(self.t_max))
+        return first, last, first / (first - last)
+
+    def alpha(self, t: Time) -> Any:
+        t = _float(t)
+        _, last, scale = self._ends
+        return _xp(t).where(t <= self.t_first, self.base.alpha(t), scale * (self.base.alpha(t) - last))
+
+    def sigma(self, t: Time) -> Any:
+        t = _float(t)
+        xp, (first, last, scale) = _xp(t), self._ends
+        one_minus = -scale * (xp.expm1(self.base.log_alpha(t)) + last * (1.0 - first) / first)  # 1 - alpha
+        beyond = xp.sqrt(xp.maximum(one_minus, 0.0) * (1.0 + self.alpha(t)))
+        return xp.where(t <= self.t_first, self.base.sigma(t), beyond)
+
+    def dalpha(self, t: Time) -> Any:
+        t = _float(t)
+        return _xp(t).where(t <= self.t_first, 1.0, self._ends[2]) * self.base.dalpha(t)
+
+    def t_of_lam(self, lam: Any) -> Any:
+        lam = _float(lam)
+        xp, (first, last, scale) = _xp(lam), self._ends
+        s2 = xp.exp(-xp.logaddexp(xp.zeros_like(lam), 2.0 * lam))
+        a = xp.exp(-0.5 * xp.logaddexp(xp.zeros_like(lam), -2.0 * lam))
+        inner = a / scale + last  # the base's alpha, and 1 - alpha without cancellation
+        one_minus = last * (1.0 - first) / first + s2 / (1.0 + a) / scale
+        beyond = xp.log(inner) - 0.5 * xp.log(xp.maximum(one_minus, 1e-37) * (1.0 + inner))
+        return self.base.t_of_lam(xp.where(lam >= self.base.lam(self.t_first), lam, beyond))
+
+
+@dataclass(frozen=True)
+class MeanReverting(Process):
+    """alpha of `base`, and sigma_inf times its sigma."""
+
+    base: Process
+    sigma_inf: float
+
+    @property
+    def prior_std(self) -> float:
+        return self.sigma_inf * self.base.prior_std
+
+    def alpha(self, t: Time) -> Any:
+        return self.base.alpha(t)
+
+    def sigma(self, t: Time) -> Any:
+        return self.sigma_inf * self.base.sigma(t)
+
+    def dalpha(self, t: Time) -> Any:
+        return self.base.dalpha(t)
+
+    def dsigma(self, t: Time) -> Any:
+        return self.sigma_inf * self.base.dsigma(t)
+
+    def t_of_lam(self, lam: Any) -> Any:
+        return self.base.t_of_lam(_float(lam) + math.log(self.sigma_inf))
+
+
+@dataclass(frozen=True)
 class EDM(Process):
     def alpha(self, t: Time) -> Any:
         t = _float(t)
@@ -323,6 +390,54 @@ def vp_discrete(betas: Any) -> Process:
     return VPDiscrete(1.0 / len(betas), 1.0, tuple(betas.tolist()))
 
 
+def zero_terminal_snr(process: Any) -> Process:
+    """A variance-preserving process whose alpha at t_max is 0, so that pure noise IS its law there.
+
+    process: betas as in `vp_discrete`, or a VP process. Lin et al. 2023 (arXiv 2305.08891), algorithm 1: beyond the
+    first level alpha becomes alpha_1 (alpha - alpha_T) / (alpha_1 - alpha_T); a process in continuous time has its
+    first level at t = 0. (As betas the last one would be 1, which `vp_discrete` cannot hold.) At alpha = 0 an eps
+    network says nothing about x0: train with prediction="v" and sample from t_max, as `times.uniform` does: with
+    index = N t - 1 those are the paper's "trailing" steps.
+    """
+    base = process if isinstance(process, Process) else vp_discrete(process)
+    if not isinstance(base, _VariancePreserving):
+        raise ValueError(f"zero_terminal_snr: {base} is not variance preserving; expected betas or a VP process")
+    if not base.alpha(base.t_max) > 1e-12:
+        raise ValueError(f"zero_terminal_snr: {base} already ends at alpha = 0; use it as it is")
+    first = base.t_min if isinstance(base, VPDiscrete) else 0.0
+    return ZeroTerminal(base.t_min, base.t_max, base, first)
+
+
+def mean_reverting(
+    theta: str | Any = "cosine", sigma_inf: float = 50 / 255, n: int = 100, end: float = 0.005
+) -> Process:
+    """IR-SDE (Luo et al. 2023, arXiv 2301.11699): dx = theta (mu - x) dt + g dW with g^2 = 2 theta sigma_inf^2.
+
+    x_t = a x0 + (1 - a) mu + sigma_inf sqrt(1 - a^2) eps with a = exp(-integral of theta). This is the process of
+    x - (1 - a) mu: alpha = a, sigma = sigma_inf sqrt(1 - a^2); `jdiff.anchored` holds mu. As in the official code,
+    theta is a table of n + 1 values, "constant", "linear" or "cosine" (or your own), scaled so that a ends at `end`;
+    t is in [0, 1], log a linear between the levels, and the network's index is (n + 1) t - 1. `end` (0.01 in
+    IR-SDE, 0.005 in DA-CLIP) is what is left of x0 in the prior.
+    """
+    if isinstance(theta, str):
+        cosine = lambda i: np.cos((i / (n + 2) + 0.008) / 1.008 * 0.5 * np.pi) ** 2
+        schedules = {
+            "constant": np.ones(n + 1),
+            "linear": np.linspace(1e-4, 2e-2, n + 1),
+            "cosine": 1.0 - cosine(np.arange(1, n + 2)) / cosine(0),
+        }
+        if theta not in schedules:
+            raise ValueError(f"mean_reverting: theta is {theta!r}; expected one of {', '.join(schedules)}, or values")
+        theta = schedules[theta]
+    theta = np.asarray(theta, np.float64)
+    if theta.ndim != 1 or len(theta) < 2 or not (theta > 0).all():
+        raise ValueError(f"mean_reverting: theta has shape {theta.shape}; expected a vector of at least two values > 0")
+    if not (0 < end < 1 and sigma_inf > 0):
+        raise ValueError(f"mean_reverting: expected 0 < end < 1 and sigma_inf > 0, got {end=}, {sigma_inf=}")
+    base = vp_discrete(-np.expm1(2.0 * np.log(end) * theta / theta.sum()))
+    return MeanReverting(base.t_min, base.t_max, base, float(sigma_inf))
+
+
 def edm(sigma_min: float = 0.002, sigma_max: float = 80.0) -> Process:
     """alpha = 1, sigma = t: the variance-exploding form of Karras et al. 2022; time IS the noise level."""
     if not 0 < sigma_min < sigma_max:
@@ -343,4 +458,11 @@ def _check_t_min(t_min: float, t_max: float) -> float:
     return float(t_min)
 
 
-ALL = {"vp_linear": vp_linear, "vp_cosine": vp_cosine, "vp_discrete": vp_discrete, "edm": edm, "flow": flow}
+ALL = {
+    "vp_linear": vp_linear,
+    "vp_cosine": vp_cosine,
+    "vp_discrete": vp_discrete,
+    "edm": edm,
+    "flow": flow,
+    "mean_reverting": mean_reverting,
+}

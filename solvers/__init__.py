@@ -13,6 +13,7 @@ from jdiff.trace import Solver
 
 from .classic import ddim, ddpm, euler, heun
 from .exponential import deis, dpm_solver_pp, unipc
+from .mean_reverting import mrs
 
 ALL: dict[str, Callable[..., Solver]] = {
     "euler": euler,
@@ -22,6 +23,7 @@ ALL: dict[str, Callable[..., Solver]] = {
     "dpm_solver_pp": dpm_solver_pp,
     "deis": deis,
     "unipc": unipc,
+    "mrs": mrs,
 }
 
 
@@ -59,5 +61,6 @@ def parse(text: str) -> Solver:
 
 
 __all__ = [
-    "ALL", "Solver", "ddim", "ddpm", "deis", "dpm_solver_pp", "euler", "get", "heun", "parse", "unipc", "unknown",
+    "ALL", "Solver", "ddim", "ddpm", "deis", "dpm_solver_pp", "euler", "get", "heun", "mrs", "parse", "unipc",
+    "unknown",
 ]  # fmt: skip

@@ -9,12 +9,12 @@ _GAUSS = np.polynomial.legendre.leggauss(16)
 
 
 def moments(h: float, n: int) -> np.ndarray:
-    """m_k(h) = int_0^h e^(u - h) (u/h)^k / k! du for k < n, (n,); also at h = inf, where m_k = 1/k!.
+    """m_k(h) = int_0^h e^(u - h) (u/h)^k / k! du for k < n, (n,); also at h = inf, where m_k = 1/k!, and h < 0.
 
-    The phi functions of exponential integrators, m_k = h phi_{k+1}(-h); a series below h = 1, where the recursion
+    The phi functions of exponential integrators, m_k = h phi_{k+1}(-h); a series for |h| < 1, where the recursion
     m_k = 1/k! - m_{k-1}/h would cancel. m_0 = 1 - e^(-h).
     """
-    if h < 1.0:
+    if abs(h) < 1.0:
         terms = (-h) ** np.arange(24)
         return np.array([h * sum(terms[j] / math.factorial(j + k + 1) for j in range(23, -1, -1)) for k in range(n)])
     m = [-np.expm1(-h)]
