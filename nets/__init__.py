@@ -14,9 +14,10 @@ from flax import nnx
 
 from .dit import DiT as DiT
 from .layers import REMAT as REMAT
+from .macs import macs as macs
 from .unet import UNet as UNet
 
-__all__ = ["PRESETS", "REMAT", "DiT", "Preset", "UNet", "build"]
+__all__ = ["PRESETS", "REMAT", "DiT", "Preset", "UNet", "build", "macs"]
 
 
 class Preset(NamedTuple):

@@ -167,8 +167,16 @@ class DiT(Net):
         self.modulation = Linear(width, 2 * width, kernel_init=zeros, **options, rngs=rngs)
         self.out = Linear(width, pixels, kernel_init=zeros, **options, rngs=rngs)
 
+    @property
+    def num_blocks(self) -> int:
+        return self.depth
+
     def __call__(
-        self, x: Float[Array, "b height width c"], t: ArrayLike, y: ArrayLike | None = None
+        self,
+        x: Float[Array, "b height width c"],
+        t: ArrayLike,
+        y: ArrayLike | None = None,
+        blocks: ArrayLike | None = None,
     ) -> Float[Array, "b height width c"]:
         """The network's output for images x at times t with labels y.
 
@@ -177,16 +185,22 @@ class DiT(Net):
             t: time of order 1: a scalar, (b,), or any shape that broadcasts against x; a time that varies
                 inside a patch is averaged over it, so that a token has one time. Taken as float32.
             y: integer labels, (b,) or a scalar; None is the null label. A label that is no class gives NaN.
+            blocks: (num_blocks,), 0 where a block is skipped (the identity in its place, at no cost) as in
+                AutoDiffusion (2309.10438). An argument of the program: one serves all masks. None runs all.
 
         Returns:
             x's shape; float64 where x is float64, else float32, whatever `dtype` is.
 
         Raises:
-            ValueError: an image, time or label that does not fit, when traced.
+            ValueError: an image, time, label or mask that does not fit, when traced.
         """
         h, c = self.embed(x, t, y)
         step = rematerialise(lambda h, block: (block(h, c), None), self.remat, scanned=True)
-        h, _ = jax.lax.scan(step, h, self.blocks, unroll=self.unroll)
+        if blocks is None:
+            h, _ = jax.lax.scan(step, h, self.blocks, unroll=self.unroll)
+        else:
+            masked = lambda h, kept: jax.lax.cond(kept[0], lambda h: step(h, kept[1]), lambda h: (h, None), h)
+            h, _ = jax.lax.scan(masked, h, (self._mask(blocks), self.blocks), unroll=self.unroll)
         return self.project(h, c).astype(wide(x.dtype))
 
     def embed(

@@ -15,7 +15,7 @@ import numpy as np
 from einops import rearrange, reduce
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 Attention = Callable[[Array, Array, Array], Array]
 """(q, k, v), each (b, n, heads, head width) -> the same shape."""
@@ -186,6 +186,20 @@ class Net(nnx.Module):
                 f"labels y are {y.dtype} of shape {y.shape}; expected integers of shape ({x.shape[0]},) or ()"
             )
         return jnp.broadcast_to(y, (x.shape[0],))
+
+    @property
+    def num_blocks(self) -> int:
+        """Length of the mask `blocks` that says which residual blocks run."""
+        raise NotImplementedError
+
+    def _mask(self, blocks: Any) -> Bool[Array, "num_blocks"]:
+        """The mask as an array; ValueError for another length."""
+        if np.shape(blocks) != (self.num_blocks,):
+            raise ValueError(
+                f"{self.name}: blocks has shape {np.shape(blocks)}; expected ({self.num_blocks},), one number a block, "
+                "0 for a block that is skipped"
+            )
+        return jnp.asarray(blocks) != 0
 
 
 # --- tokens

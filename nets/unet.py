@@ -77,12 +77,16 @@ class Block(nnx.Module):
         h = self.conv_in(resample(jax.nn.silu(self.norm_in(x)), self.to))
         scale, shift = jnp.split(self.modulation(jax.nn.silu(c)), 2, axis=-1)
         h = self.conv_out(jax.nn.silu(modulate(self.norm_out(h), shift, scale)))
-        x = resample(x, self.to)
-        x = (x if self.skip is None else self.skip(x)) + h
+        x = self.shortcut(x) + h
         if self.attention is not None and self.norm_attention is not None:
             tokens = rearrange(self.norm_attention(x), "b h w c -> b (h w) c")
             x = x + self.attention(tokens).reshape(x.shape)
         return x
+
+    def shortcut(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h3 w3 o"]:
+        """What passes beside the branches: x, resampled and with the block's channels."""
+        x = resample(x, self.to)
+        return x if self.skip is None else self.skip(x)
 
 
 class UNet(Net):
@@ -200,19 +204,35 @@ class UNet(Net):
         self.norm = GroupNorm(c, param_dtype)
         self.conv_out = nnx.Conv(c, channels, (3, 3), kernel_init=zeros, **options)
 
+    @property
+    def num_blocks(self) -> int:
+        return len(self.down) + len(self.middle) + len(self.up)
+
     def __call__(
-        self, x: Float[Array, "b height width c"], t: ArrayLike, y: ArrayLike | None = None
+        self,
+        x: Float[Array, "b height width c"],
+        t: ArrayLike,
+        y: ArrayLike | None = None,
+        blocks: ArrayLike | None = None,
     ) -> Float[Array, "b height width c"]:
         """The network's output for images x at times t with labels y.
 
         As `DiT.__call__`: x (b, image_size, image_size, channels); t a scalar, (b,), or any shape that
-        broadcasts against x, averaged to each resolution; y integer labels, None for the null label. Returns
+        broadcasts against x, averaged to each resolution; y integer labels, None for the null label; blocks
+        (num_blocks,) over down, middle and up, 0 where only the shortcut of a block passes. Returns
         x's shape in float64 where x is float64, else float32. ValueError, when traced, for what does not fit.
         """
         y = self._check(x, y)
+        mask = None if blocks is None else iter(self._mask(blocks))
         levels = self.down[-1].level + 1
         cond = [self.conditioning(pool_time(t, x.shape, 2**level), y) for level in range(levels)]
-        run = rematerialise(lambda block, h: block(h, cond[block.level]), self.remat, scanned=False)
+        whole = rematerialise(lambda block, h: block(h, cond[block.level]), self.remat, scanned=False)
+
+        def run(block: Block, h: Array) -> Array:
+            if mask is None:
+                return whole(block, h)
+            return jax.lax.cond(next(mask), lambda h: whole(block, h), block.shortcut, h)
+
         h = self.conv_in(x.astype(self.dtype))
         skips = [h]
         for block in self.down:

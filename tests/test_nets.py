@@ -293,6 +293,61 @@ def test_remat_keeps_less(name):
     assert full < dots < none if name == "DiT" else full <= dots < none
 
 
+# --- skipped blocks
+def without(net, mask):
+    """The same net with the skipped blocks taken out (DiT), or with branches that end in zeros (UNet)."""
+    if net.name == "DiT":
+        kept = np.flatnonzero(mask)
+        smaller = make("DiT", depth=len(kept))
+        return nnx.merge(
+            nnx.graphdef(smaller),
+            nnx.state(net) | {"blocks": jax.tree.map(lambda p: p[kept], nnx.state(net)["blocks"])},
+        )
+    net = jax.tree.map(lambda p: p, net)  # a copy
+    for keep, block in zip(mask, [*net.down, *net.middle, *net.up], strict=True):
+        ends = [block.conv_out] + ([block.attention.out] if block.attention else [])
+        for end in ends if not keep else []:
+            end.kernel[...], end.bias[...] = 0 * end.kernel[...], 0 * end.bias[...]
+    return net
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_mask_skips_blocks(name):
+    net = make(name)
+    traces = []
+
+    @jit
+    def masked(net, x, t, y, mask):
+        traces.append(None)
+        return net(x, t, y, blocks=mask)
+
+    n = net.num_blocks
+    ones = np.ones(n, np.float32)
+    np.testing.assert_array_equal(masked(net, images(), T, Y, ones), forward(net, images(), T, Y))  # bitwise
+    mask = (np.arange(n) % 3 != 1).astype(np.float32)
+    got, want = masked(net, images(), T, Y, mask), forward(without(net, mask), images(), T, Y)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+    assert np.abs(got - forward(net, images(), T, Y)).max() > 1e-2 and len(traces) == 1
+
+
+def test_macs():
+    """2212.09748, table 4, whose "Gflops" are multiply-accumulates; the released net has 16 more outputs a token."""
+    for name, published in {"DiT-S/2": 6.06, "DiT-XL/2": 118.64}.items():
+        net = abstract(name, 32, 4, num_classes=1000)
+        extra = 256 * 16 * net.width
+        assert abs((nets.macs(net) + extra) / 1e9 / published - 1) < 1e-3
+        half = nets.macs(net, np.arange(net.depth) % 2)
+        assert 0 < 2 * half - nets.macs(net) < 0.01 * nets.macs(net)  # what is not in blocks is little
+
+
+def test_macs_of_masks_add_up():
+    net = abstract("UNet", 8, 3, **TINY["UNet"])
+    first = np.eye(net.num_blocks)[0]
+    total, nothing, one, others = (nets.macs(net, mask) for mask in (None, 0 * first, first, 1 - first))
+    assert one + others == total + nothing and nothing > 0
+    assert one - nothing == 64 * (2 * 9 * 16 * 16) + 64 * 32  # two 3 x 3 convolutions at 8 x 8; (scale, shift)
+
+
 # --- time
 @pytest.mark.parametrize("name", TINY)
 def test_times_of_every_shape_agree(name):
@@ -488,6 +543,8 @@ def call(x=(2, 8, 8, 3), t=(), y=None):
         (call(t=(2, 4, 4, 1)), r"time of shape \(2, 4, 4, 1\)"),
         (call(y=jnp.zeros(3, jnp.int32)), r"labels y are int32 of shape \(3,\); expected integers of shape \(2,\)"),
         (call(y=jnp.zeros(2, jnp.float32)), "labels y are float32"),
+        (lambda: forward(make("DiT"), images(), T, Y, jnp.ones(2)), r"blocks has shape \(2,\); expected \(3,\)"),
+        (lambda: nets.macs(abstract("DiT", 8, 3, **TINY["DiT"]), [1]), r"blocks has shape \(1,\); expected \(3,\)"),
     ],
 )
 def test_bad_input_is_named(bad, message):

@@ -1,0 +1,48 @@
+"""Multiply-accumulates of a net, counted from its trace: nothing is run, and no formula has to be kept up to date."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .layers import Net
+
+
+def macs(net: Net, blocks: Sequence[Any] | np.ndarray | None = None) -> int:
+    """Multiply-accumulates of matrix products and convolutions for one sample, at one time.
+
+    blocks: the mask that the net is given, None for all. A skipped block costs its shortcut, if that has a product.
+    ValueError for a mask of another length.
+    """
+    keep = np.ones(net.num_blocks) if blocks is None else np.asarray(blocks)
+    image = jax.ShapeDtypeStruct((1, net.image_size, net.image_size, net.channels), jnp.float32)
+    label = jax.ShapeDtypeStruct((1,), jnp.int32) if net.num_classes else None
+    call = lambda net, x, y, mask: net(x, jnp.zeros((), jnp.float32), y, blocks=mask)
+    traced = jax.make_jaxpr(call)(net, image, label, jax.ShapeDtypeStruct(keep.shape, jnp.float32))
+    always, branches = _count(traced.jaxpr)
+    return int(always + sum(run if k else skip for (skip, run), k in zip(branches, keep, strict=True)))
+
+
+def _count(jaxpr: Any) -> tuple[int, list[tuple[int, int]]]:
+    """Products outside of conditionals; and of each conditional in turn the counts of its two branches."""
+    total, branches = 0, []
+    for eqn in jaxpr.eqns:
+        name, shape = eqn.primitive.name, eqn.outvars[0].aval.shape if eqn.outvars else ()
+        if name == "cond":
+            branches.append(tuple(_count(branch.jaxpr)[0] for branch in eqn.params["branches"]))
+        elif name == "dot_general":
+            (left, _), _ = eqn.params["dimension_numbers"]
+            total += math.prod(shape) * math.prod(eqn.invars[0].aval.shape[i] for i in left)
+        elif name == "conv_general_dilated":
+            kernel, (out, *_) = eqn.invars[1].aval.shape, eqn.params["dimension_numbers"].rhs_spec
+            total += math.prod(shape) * math.prod(kernel) // kernel[out]
+        else:
+            inside = [getattr(v, "jaxpr", v) for v in jax.tree.leaves(list(eqn.params.values()))]
+            for inner in (v for v in inside if hasattr(v, "eqns")):
+                once, conds = _count(inner)
+                repeats = eqn.params.get("length", 1)  # of a scan
+                total, branches = total + repeats * once, branches + repeats * conds
+    return total, branches
