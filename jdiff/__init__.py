@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from jdiff import losses as losses
     from jdiff import metrics as metrics
     from jdiff import nets as nets
+    from jdiff import ode as ode
     from jdiff import order as order
     from jdiff import reproduce as reproduce
     from jdiff import solvers as solvers
@@ -43,6 +44,7 @@ _LAZY = {
     "losses",
     "metrics",
     "nets",
+    "ode",
     "order",
     "reproduce",
     "solvers",

@@ -15,7 +15,7 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
 from jdiff import noise
-from jdiff.denoiser import Denoiser
+from jdiff.denoiser import Denoiser, _no_carry
 from jdiff.predict import model_time
 from jdiff.process import Process, Time
 from jdiff.tableau import Tableau
@@ -35,7 +35,7 @@ class Mixture:
 
     def denoiser(self, process: Process) -> Denoiser:
         """E[x0 | x_t] as a Denoiser. t: a scalar, (batch, 1), or one a coordinate, (d,) or (batch, d)."""
-        return Denoiser(Partial(lambda x: ()), Partial(_apply, self._arrays(), Partial(_Law(process))), process, "x0")
+        return Denoiser(Partial(_no_carry), Partial(_apply, self._arrays(), Partial(_Law(process))), process, "x0")
 
     def log_density(self, process: Process, x: Float[Array, "batch d"], t: Time) -> Float[Array, " batch"]:
         """log p_t(x), the exact log-density of the noised law at time t (t as in `denoiser`)."""

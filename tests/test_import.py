@@ -3,7 +3,20 @@
 import subprocess
 import sys
 
-HEAVY = ("flax", "orbax", "grain", "tensorflow_datasets", "matplotlib", "PIL", "tyro", "rich", "optax", "tensorboardX")
+HEAVY = (
+    "flax",
+    "orbax",
+    "grain",
+    "tensorflow_datasets",
+    "matplotlib",
+    "PIL",
+    "tyro",
+    "rich",
+    "optax",
+    "tensorboardX",
+    "diffrax",
+    "equinox",
+)
 
 
 def imported_by(program):
