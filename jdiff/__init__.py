@@ -21,6 +21,7 @@ from jdiff.tableau import Record, Tableau
 from jdiff.trace import Solver, trace
 
 if TYPE_CHECKING:
+    from jdiff import anchored as anchored
     from jdiff import checkpoint as checkpoint
     from jdiff import data as data
     from jdiff import ema as ema
@@ -32,11 +33,13 @@ if TYPE_CHECKING:
     from jdiff import order as order
     from jdiff import reproduce as reproduce
     from jdiff import solvers as solvers
+    from jdiff import starts as starts
     from jdiff import train as train
 
 __version__ = "0.1.0"
 
 _LAZY = {
+    "anchored",
     "checkpoint",
     "data",
     "ema",
@@ -48,6 +51,7 @@ _LAZY = {
     "order",
     "reproduce",
     "solvers",
+    "starts",
     "train",
 }
 
