@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from jdiff import checkpoint as checkpoint
     from jdiff import data as data
     from jdiff import ema as ema
+    from jdiff import exposure as exposure
     from jdiff import guidance as guidance
     from jdiff import losses as losses
     from jdiff import metrics as metrics
@@ -43,6 +44,7 @@ _LAZY = {
     "checkpoint",
     "data",
     "ema",
+    "exposure",
     "guidance",
     "losses",
     "metrics",
