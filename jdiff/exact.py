@@ -152,6 +152,8 @@ class Gaussian(Mixture):
             B = np.asarray(tableau.B[k])[:, 0]
             M[:, :, 0] += gain[:, None] * B
             means = np.einsum("irq,iq->ir", M, means) + ((1.0 - gain * a) * centre)[:, None] * B
+            if tableau.E is not None:
+                means = means + Q.T @ np.broadcast_to(np.asarray(tableau.E[k]).reshape(R, -1), (R, d)).T
             C = np.asarray(tableau.C[k])
             covs = np.einsum("irq,iqp,isp->irs", M, covs, M) + C @ C.T
         return Q @ means[:, 0], (Q * covs[:, 0, 0]) @ Q.T

@@ -44,6 +44,7 @@ class Rows(NamedTuple):
     A: Array
     B: Array
     C: Array
+    E: Array | None = None
 
 
 class Stepper(NamedTuple):
@@ -64,7 +65,8 @@ class Trajectory(NamedTuple):
 def rows(tableau: Tableau, dtype: Any) -> Rows:
     """The rows of `tableau` as scanned over; times stay float32 or better."""
     cast = lambda a, d: a.astype(d) if isinstance(a, jax.Array) else jnp.asarray(np.asarray(a), d)
-    return Rows(*(cast(a, wide(dtype)) for a in (tableau.t, tableau.A, tableau.B, tableau.C)))
+    constants = None if tableau.E is None else cast(tableau.E, wide(dtype))
+    return Rows(*(cast(a, wide(dtype)) for a in (tableau.t, tableau.A, tableau.B, tableau.C)), constants)
 
 
 def stepper(
@@ -92,6 +94,8 @@ def stepper(
         outs = tuple(convert(denoiser.process, x, t, cast_like(o, x), denoiser.prediction, prediction) for o in outs)
         terms = [(row.A, list(state.registers)), (row.B, list(outs)), (row.C, draw(key, x, row.C.shape[1]))]
         new = tuple(combine(r, terms) for r in range(row.A.shape[0]))
+        if (E := row.E) is not None:
+            new = tuple(jax.tree.map(lambda v, e=e: v + e, u) for e, u in zip(E, new, strict=True))
         return State(new, carry), Info(x, outs)
 
     return Stepper(init, step)

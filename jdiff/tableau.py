@@ -1,7 +1,7 @@
 """A solver is data: the tableau of a general linear method over R registers of the sample's shape.
 
     f, carry = denoiser.apply(S[0], t[k], carry)        one network evaluation, as an x0 prediction
-    S        = A[k] S + B[k] f + C[k] z                 z: fresh standard noise, up to Z of them
+    S        = A[k] S + B[k] f + C[k] z (+ E[k])        z: fresh standard noise, up to Z of them
 
 Register 0 is always the next evaluation point, and after the last row the sample. A tableau is a pytree of arrays
 and an argument of the compiled program: another grid of the same length, or another solver of the same shape
@@ -47,6 +47,7 @@ class Tableau:
     t  (K, *d)          model time of each evaluation        A  (K, R, R, *d)   registers to registers
     B  (K, R, O, *d)    outputs to registers                 C  (K, R, Z, *d)   noises to registers
     h0 (R, *d)          initial sample to registers          c0 (R, Z, *d)      noises drawn before evaluation 0
+    E  (K, R, *d)       constants to registers; None for all solvers but those that carry statistics of the model
     """
 
     t: Any
@@ -56,6 +57,7 @@ class Tableau:
     h0: Any
     c0: Any
     record: Record = field(metadata={"static": True})
+    E: Any = None
 
     @property
     def nfe(self) -> int:
@@ -84,6 +86,7 @@ class Tableau:
         if min(extra.values()) < 0:
             raise ValueError(f"pad: {self.record.name} has {self.registers} registers, {self.noises} noises; got fewer")
         axes = {"A": ".RR", "B": ".R.", "C": ".RZ", "h0": "R", "c0": "RZ"}
+        axes |= {} if self.E is None else {"E": ".R"}
         wide = lambda v, ax: np.pad(v, [(0, extra.get(a, 0)) for a in ax] + [(0, 0)] * (np.ndim(v) - len(ax)))
         names = tuple(n + ("",) * extra["R"] for n in self.record.names)
         arrays = {name: wide(np.asarray(getattr(self, name)), ax) for name, ax in axes.items()}
@@ -93,6 +96,7 @@ class Tableau:
         """Check shapes and entries on the host; returns the tableau. ValueError names the first bad entry."""
         K, R, Z, O = self.nfe, self.registers, self.noises, self.record.outputs
         expected = {"A": (K, R, R), "B": (K, R, O), "C": (K, R, Z), "h0": (R,), "c0": (R, Z), "t": (K,)}
+        expected |= {} if self.E is None else {"E": (K, R)}
         for name, lead in expected.items():
             value = np.asarray(getattr(self, name))
             if value.shape[: len(lead)] != lead:
@@ -109,10 +113,12 @@ class Tableau:
     def unrolled(self) -> np.ndarray:
         """Every evaluation point, then the sample, over [x, D_0 .. D_{K-1}, z_0 ..]: (K + 1, 1 + K O + (K + 1) Z).
 
+        A last column holds the constants, where the tableau has any.
+
         Noise columns: Z drawn before evaluation 0, then Z in every row. Scalar coefficients only (no `*d`).
         """
         K, R, Z, O = self.nfe, self.registers, self.noises, self.record.outputs
-        S = np.zeros((R, 1 + K * O + (K + 1) * Z))
+        S = np.zeros((R, 1 + K * O + (K + 1) * Z + (self.E is not None)))
         first_noise = 1 + K * O
         S[:, 0] = self.h0
         S[:, first_noise : first_noise + Z] = self.c0
@@ -121,6 +127,8 @@ class Tableau:
             S = np.asarray(self.A[k]) @ S
             S[:, 1 + k * O : 1 + (k + 1) * O] += self.B[k]
             S[:, first_noise + (k + 1) * Z : first_noise + (k + 2) * Z] += self.C[k]
+            if self.E is not None:
+                S[:, -1] += self.E[k]
             points.append(S[0])
         return np.stack(points)
 
@@ -144,7 +152,8 @@ class Tableau:
                 terms = list(zip(self.A[k, i], r.names[k], strict=False)) + list(
                     zip(self.B[k, i], outputs, strict=True)
                 )
-                formula = _terms(terms + _noise(self.C[k, i]), digits)
+                constant = [] if self.E is None else [(self.E[k, i], "1")]
+                formula = _terms(terms + _noise(self.C[k, i]) + constant, digits)
                 if name and formula != name:
                     lines.append(f"                {name} = {formula}")
         return "\n".join(lines)
@@ -162,6 +171,8 @@ def stack(tables: Sequence[Tableau], shape: tuple[int, ...]) -> Tableau:
         raise ValueError(f"stack: the tableaux have {sorted({T.nfe for T in tables})} evaluations; expected one number")
     join = lambda *arrays: np.stack(arrays, -1).reshape(*np.shape(arrays[0]), *shape)
     arrays = {name: join(*(getattr(T, name) for T in tables)) for name in ("t", "A", "B", "C", "h0", "c0")}
+    if any(T.E is not None for T in tables):
+        arrays["E"] = join(*(np.zeros((T.nfe, R)) if T.E is None else T.E for T in tables))
     return tables[0].replace(**arrays)
 
 

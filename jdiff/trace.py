@@ -60,6 +60,13 @@ class Linear:
     __radd__, __rmul__ = __add__, __mul__
 
 
+def constant(like: Value, value: Any) -> Value:
+    """A constant, in a sampler: as a symbol beside symbols, itself beside arrays. After the first evaluation only."""
+    if not isinstance(like, Linear):
+        return value
+    return Linear(like.tape, ((np.asarray(value, np.float64), like.tape.one),))
+
+
 @dataclass
 class _Tape:
     process: Process
@@ -69,6 +76,9 @@ class _Tape:
     labels: list[str] = field(default_factory=list)
     results: list[list[Linear]] = field(default_factory=list)
     noises: list[list[Linear]] = field(default_factory=lambda: [[]])
+
+    def __post_init__(self) -> None:
+        self.one = Linear(self, (), "1")
 
     @property
     def segment(self) -> int:
@@ -206,7 +216,7 @@ def trace(
             continue
         seen.add(node)
         for leaf in _flatten(node):
-            if leaf.segment < node.segment:
+            if leaf.segment < node.segment and leaf is not tape.one:
                 until[leaf] = max(until.get(leaf, -1), node.segment - 1)
                 queue.append(leaf)
 
@@ -224,18 +234,23 @@ def trace(
     R = 1 + max(max(p.values()) for p in places)
     Z = max(len(z) for z in tape.noises)
 
-    rows: dict[str, list[list[list[Any]]]] = {"A": [], "B": [], "C": []}
+    rows: dict[str, list[Any]] = {"A": [], "B": [], "C": [], "E": []}
     start = {"h0": [0.0] * R, "c0": [[0.0] * Z for _ in range(R)]}
     for k, place in enumerate(places):
         A = [[0.0] * R for _ in range(R)]
         B = [[0.0] * outputs for _ in range(R)]
         C = [[0.0] * Z for _ in range(R)]
+        E = [0.0] * R
         for node, r in place.items():
             if k > 0 and node.segment < k:
                 A[r][places[k - 1][node]] = 1.0
                 continue
             for leaf, c in _flatten(node).items():
-                if leaf in tape.noises[k]:
+                if leaf is tape.one:
+                    if k == 0:
+                        raise TypeError(f"{name}: a constant before the first network evaluation has no place")
+                    E[r] = E[r] + c
+                elif leaf in tape.noises[k]:
                     j = tape.noises[k].index(leaf)
                     C[r][j] = C[r][j] + c
                 elif k > 0 and leaf in tape.results[k - 1]:
@@ -248,7 +263,7 @@ def trace(
         if k == 0:
             start["c0"] = C
         else:
-            for key, value in (("A", A), ("B", B), ("C", C)):
+            for key, value in (("A", A), ("B", B), ("C", C), ("E", E)):
                 rows[key].append(value)
 
     def pack(nested: Any, lead: tuple[int, ...]) -> np.ndarray:
@@ -264,6 +279,7 @@ def trace(
         d = np.broadcast_shapes(*(v.shape for v in flat.ravel())) if flat.size else ()
         return np.array([np.broadcast_to(v, d) for v in flat.ravel()], np.float64).reshape(*lead, *d)
 
+    constants = any(np.any(np.asarray(c) != 0) for row in rows["E"] for c in row)
     names = tuple(tuple(_names(place, points[k], R)) for k, place in enumerate(places))
     return Tableau(
         t=pack(tape.times, (K,)),
@@ -273,6 +289,7 @@ def trace(
         h0=pack(start["h0"], (R,)),
         c0=pack(start["c0"], (R, Z)),
         record=Record(name, order, process, tuple(tape.labels), names, references, outputs=outputs),
+        E=pack(rows["E"], (K, R)) if constants else None,
     )
 
 

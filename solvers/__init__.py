@@ -12,6 +12,7 @@ from typing import Any
 from jdiff.trace import Solver
 
 from .classic import ddim, ddpm, euler, heun
+from .empirical import dpm_solver_v3
 from .exponential import deis, dpm_solver_pp, unipc
 from .mean_reverting import mrs
 
@@ -23,6 +24,7 @@ ALL: dict[str, Callable[..., Solver]] = {
     "dpm_solver_pp": dpm_solver_pp,
     "deis": deis,
     "unipc": unipc,
+    "dpm_solver_v3": dpm_solver_v3,
     "mrs": mrs,
 }
 
@@ -62,5 +64,5 @@ def parse(text: str) -> Solver:
 
 __all__ = [
     "ALL", "Solver", "ddim", "ddpm", "deis", "dpm_solver_pp", "euler", "get", "heun", "mrs", "parse", "unipc",
-    "unknown",
+    "dpm_solver_v3", "unknown",
 ]  # fmt: skip

@@ -33,10 +33,16 @@ def lagrange(nodes: np.ndarray, u: np.ndarray) -> np.ndarray:
     return basis
 
 
-def quadrature(f: Callable[[np.ndarray], np.ndarray], a: float, b: float, panels: int = 16) -> np.ndarray:
-    """int_a^b f by composite Gauss-Legendre, 16 points a panel; f maps (m,) to (..., m)."""
+def nodes(a: float, b: float, panels: int = 16) -> tuple[np.ndarray, np.ndarray]:
+    """Points and weights of composite Gauss-Legendre on [a, b], 16 points a panel."""
     x, w = _GAUSS
     edges = np.linspace(a, b, panels + 1)
     half = 0.5 * np.diff(edges)
     points = (edges[:-1] + half)[:, None] + half[:, None] * x
-    return f(points.ravel()) @ (half[:, None] * w).ravel()
+    return points.ravel(), (half[:, None] * w).ravel()
+
+
+def quadrature(f: Callable[[np.ndarray], np.ndarray], a: float, b: float, panels: int = 16) -> np.ndarray:
+    """int_a^b f by `nodes`; f maps (m,) to (..., m)."""
+    points, w = nodes(a, b, panels)
+    return f(points) @ w

@@ -40,7 +40,7 @@ def failure(capsys, *args):
 def test_help_teaches(capsys):
     assert cli.main([]) == 0
     assert "jdiff reproduce fast-sampling" in capsys.readouterr().out
-    for command in ("train", "sample"):
+    for command in ("train", "sample", "statistics"):
         with pytest.raises(SystemExit):
             cli.main([command, "--help"])
         assert "--seed" in capsys.readouterr().out
@@ -149,3 +149,14 @@ def test_one_cell_of_fast_sampling(tmp_path):
     for text in experiment.SOLVERS.values():
         assert solvers.parse(text).steps(5) >= 3
     assert jnp.isfinite(context.x).all()
+
+
+def test_statistics_of_a_run_and_a_solver_that_uses_them(trained, tmp_path, capsys):
+    out = tmp_path / "s.safetensors"
+    assert cli.main(["statistics", str(trained), "--out", str(out), "--n", "20", "--batch", "10", "--n-lam", "8"]) == 0
+    assert "jdiff sample" in capsys.readouterr().out
+    solver = f"dpm_solver_v3(statistics='{out}')"
+    args = ["sample", str(trained), "--solver", solver, "--nfe", "4", "--n", "2", "--out", str(tmp_path / "x")]
+    assert cli.main(args) == 0 and np.isfinite(np.load(tmp_path / "x.npz")["images"]).all()
+    wrong = args[:3] + ["dpm_solver_v3(statistics='nowhere')"]
+    assert "no statistics at nowhere; make them with: jdiff statistics RUN" in failure(capsys, *wrong)

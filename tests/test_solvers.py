@@ -137,7 +137,7 @@ def zigzag(p, n, start, end):
 
 
 ORDERS = {
-    **{k: s for k, s in VARIANTS.items() if not s.stochastic and k != "unipc"},
+    **{k: s for k, s in VARIANTS.items() if not s.stochastic and k not in ("unipc", "dpm_solver_v3")},
     **{f"deis_{o}_{v}": solvers.deis(o, v) for o in (2, 3, 4) for v in ("t", "rho", "lam")},
     **{f"unipc_{o}_{b}": solvers.unipc(o, b, lower_order_final=False) for o in (1, 2, 3) for b in ("bh1", "bh2")},
 }

@@ -35,7 +35,7 @@ def run_rows(T, x, f, rng):
         D, z = f(S[0], T.t[k]), draw(T.C[k])
         S = [
             sum(T.A[k, r, q] * S[q] for q in range(T.registers)) + T.B[k, r, 0] * D
-            + sum(T.C[k, r, j] * z[j] for j in range(T.noises))
+            + sum(T.C[k, r, j] * z[j] for j in range(T.noises)) + (0 if T.E is None else T.E[k, r])
             for r in range(T.registers)
         ]  # fmt: skip
     return S[0], points
