@@ -63,6 +63,6 @@ def parse(text: str) -> Solver:
 
 
 __all__ = [
-    "ALL", "Solver", "ddim", "ddpm", "deis", "dpm_solver_pp", "euler", "get", "heun", "mrs", "parse", "unipc",
-    "dpm_solver_v3", "unknown",
+    "ALL", "Solver", "ddim", "ddpm", "deis", "dpm_solver_pp", "dpm_solver_v3", "euler", "get", "heun", "mrs", "parse",
+    "unipc", "unknown",
 ]  # fmt: skip

@@ -153,7 +153,7 @@ def test_one_cell_of_fast_sampling(tmp_path):
 
 def test_statistics_of_a_run_and_a_solver_that_uses_them(trained, tmp_path, capsys):
     out = tmp_path / "s.safetensors"
-    assert cli.main(["statistics", str(trained), "--out", str(out), "--n", "20", "--batch", "10", "--n-lam", "8"]) == 0
+    assert cli.main(["statistics", str(trained), "--out", str(out), "--n", "32", "--batch", "16", "--n-lam", "30"]) == 0
     assert "jdiff sample" in capsys.readouterr().out
     solver = f"dpm_solver_v3(statistics='{out}')"
     args = ["sample", str(trained), "--solver", solver, "--nfe", "4", "--n", "2", "--out", str(tmp_path / "x")]
