@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from jdiff import data as data
     from jdiff import ema as ema
     from jdiff import exposure as exposure
+    from jdiff import fit as fit
     from jdiff import guidance as guidance
     from jdiff import losses as losses
     from jdiff import metrics as metrics
@@ -45,6 +46,7 @@ _LAZY = {
     "data",
     "ema",
     "exposure",
+    "fit",
     "guidance",
     "losses",
     "metrics",

@@ -66,9 +66,11 @@ class Mixture:
         centred = self.means - self.mean
         return np.einsum("k,kij->ij", self.weights, covs + centred[:, :, None] * centred[:, None, :])
 
-    def _arrays(self) -> tuple[np.ndarray, ...]:
+    def _arrays(self) -> tuple[np.ndarray | None, ...]:
+        """log weights, means, eigenvalues, eigenvectors; None for the last where all are the identity: no rotation."""
+        plain = np.array_equal(self.eigenvectors, np.broadcast_to(np.eye(self.means.shape[1]), self.eigenvectors.shape))
         with np.errstate(divide="ignore"):
-            return np.log(self.weights), self.means, self.eigenvalues, self.eigenvectors
+            return np.log(self.weights), self.means, self.eigenvalues, None if plain else self.eigenvectors
 
 
 @dataclass(frozen=True)
@@ -78,20 +80,25 @@ class _Law:
     process: Process
 
     def __call__(self, arrays: Any, x: Array, t: Array) -> tuple[Array, Array]:
-        log_w, means, values, vectors = (jnp.asarray(a, x.dtype) for a in arrays)
+        log_w, means, values = (jnp.asarray(a, x.dtype) for a in arrays[:3])
+        vectors = None if arrays[3] is None else jnp.asarray(arrays[3], x.dtype)
         a, s = self.process.alpha(t), self.process.sigma(t)
         if t.ndim and t.shape[-1] > 1:
             return _per_coordinate(log_w, means, values, vectors, a, s, x)
         a, s = (jnp.reshape(v, (-1, 1)) for v in (a, s))  # (batch or 1, 1)
-        z = jnp.einsum("kij,nki->nkj", vectors, x[:, None] - a[:, None] * means)  # in each eigenbasis
+        z = x[:, None] - a[:, None] * means
+        z = z if vectors is None else jnp.einsum("kij,nki->nkj", vectors, z)  # in each eigenbasis
         var = (a * a)[:, None] * values + (s * s)[:, None]
         gain = jnp.where(values > 0, a[:, None] * values / jnp.where(var > 0, var, 1.0), 0.0)
-        each = means + jnp.einsum("kij,nkj->nki", vectors, gain * z)
-        return _mix(log_w, -0.5 * jnp.sum(z * z / var + jnp.log(2 * np.pi * var), -1), each)
+        shift = gain * z if vectors is None else jnp.einsum("kij,nkj->nki", vectors, gain * z)
+        each = means + shift
+        log_p = -0.5 * (jnp.sum(z * z * (1.0 / var), -1) + jnp.sum(jnp.log(2 * np.pi * var), -1))
+        return _mix(log_w, log_p, each)
 
 
 def _per_coordinate(log_w, means, values, vectors, a, s, x):
     """One noise level a coordinate: covariances no longer share an eigenbasis, so they are solved."""
+    vectors = jnp.eye(x.shape[-1], dtype=x.dtype)[None] if vectors is None else vectors
     covs = jnp.einsum("kij,kj,klj->kil", vectors, values, vectors)
     a, s = (jnp.broadcast_to(v, x.shape)[:, None] for v in (a, s))  # (n, 1, d)
     cross = covs * a[..., None, :]  # Cov(x0, x_t)
@@ -107,7 +114,8 @@ def _per_coordinate(log_w, means, values, vectors, a, s, x):
 
 def _mix(log_w: Array, log_p: Array, each: Array) -> tuple[Array, Array]:
     joint = log_w + log_p
-    return jnp.einsum("nk,nki->ni", jax.nn.softmax(joint, -1), each), jax.nn.logsumexp(joint, -1)
+    # a sum, not a batch of tiny matrix products: XLA fuses it with what made `each`
+    return jnp.sum(jax.nn.softmax(joint, -1)[..., None] * each, 1), jax.nn.logsumexp(joint, -1)
 
 
 def _apply(arrays: Any, law: Partial, x: Array, t: Array, carry: Any) -> tuple[Array, Any]:
@@ -165,6 +173,8 @@ def _eigen(cov: Any, d: int, what: str) -> tuple[np.ndarray, np.ndarray]:
         if cov.ndim == 1 and cov.shape != (d,):
             raise ValueError(f"{what} has shape {cov.shape}; expected a number, ({d},) variances or ({d}, {d})")
         values, vectors = np.broadcast_to(cov, (d,)).copy(), np.eye(d)
+    elif cov.shape == (d, d) and np.array_equal(cov, np.diag(np.diag(cov))):
+        values, vectors = np.diag(cov).copy(), np.eye(d)
     elif cov.shape == (d, d) and np.allclose(cov, cov.T, rtol=1e-8, atol=1e-12 * np.abs(cov).max()):
         values, vectors = np.linalg.eigh(0.5 * (cov + cov.T))
     else:

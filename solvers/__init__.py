@@ -14,6 +14,7 @@ from jdiff.trace import Solver
 from .classic import ddim, ddpm, euler, heun
 from .empirical import dpm_solver_v3
 from .exponential import deis, dpm_solver_pp, unipc
+from .file import load
 from .mean_reverting import mrs
 
 ALL: dict[str, Callable[..., Solver]] = {
@@ -63,6 +64,6 @@ def parse(text: str) -> Solver:
 
 
 __all__ = [
-    "ALL", "Solver", "ddim", "ddpm", "deis", "dpm_solver_pp", "dpm_solver_v3", "euler", "get", "heun", "mrs", "parse",
-    "unipc", "unknown",
+    "ALL", "Solver", "ddim", "ddpm", "deis", "dpm_solver_pp", "dpm_solver_v3", "euler", "get", "heun", "load", "mrs",
+    "parse", "unipc", "unknown",
 ]  # fmt: skip

@@ -1,0 +1,19 @@
+"""Solvers fitted to a model: a solver is data, so it can be optimised for a model and a number of evaluations.
+
+train, valid, held = (jdiff.fit.reference(model, n, shape, seed) for n, seed in ((512, 1), (256, 2), (512, 3)))
+fit = jdiff.fit.table(model, 8, train, valid)
+jdiff.fit.save("solver.safetensors", fit.tableau, fit.meta | jdiff.fit.report(model, fit, held))
+x = jdiff.sample(model, jdiff.solvers.load("solver.safetensors"), noise)
+"""
+
+from jdiff.solvers.file import save
+
+from .free import Params, from_tableau, to_tableau
+from .gradient import STANDARD, Fit, objective, standard, table
+from .reference import Reference, Source, fingerprint, reference
+from .report import errors, report
+
+__all__ = [
+    "STANDARD", "Fit", "Params", "Reference", "Source", "errors", "fingerprint", "from_tableau", "objective",
+    "reference", "report", "save", "standard", "table", "to_tableau",
+]  # fmt: skip
