@@ -11,11 +11,14 @@ from typing import Any
 
 from jdiff.trace import Solver
 
-from .classic import ddim, ddpm, euler, heun
+from .classic import ddim, ddpm, edm_stochastic, euler, heun
 from .empirical import dpm_solver_v3
 from .exponential import deis, dpm_solver_pp, unipc
 from .file import load
 from .mean_reverting import mrs
+from .momentum import ghvb, heavy_ball
+from .restart import restart
+from .sde import euler_maruyama, predictor_corrector, reverse_diffusion
 
 ALL: dict[str, Callable[..., Solver]] = {
     "euler": euler,
@@ -27,6 +30,13 @@ ALL: dict[str, Callable[..., Solver]] = {
     "unipc": unipc,
     "dpm_solver_v3": dpm_solver_v3,
     "mrs": mrs,
+    "edm_stochastic": edm_stochastic,
+    "euler_maruyama": euler_maruyama,
+    "reverse_diffusion": reverse_diffusion,
+    "predictor_corrector": predictor_corrector,
+    "restart": restart,
+    "ghvb": ghvb,
+    "heavy_ball": heavy_ball,
 }
 
 
@@ -64,6 +74,7 @@ def parse(text: str) -> Solver:
 
 
 __all__ = [
-    "ALL", "Solver", "ddim", "ddpm", "deis", "dpm_solver_pp", "dpm_solver_v3", "euler", "get", "heun", "load", "mrs",
-    "parse", "unipc", "unknown",
+    "ALL", "Solver", "ddim", "ddpm", "deis", "dpm_solver_pp", "dpm_solver_v3", "edm_stochastic", "euler",
+    "euler_maruyama", "get", "ghvb", "heavy_ball", "heun", "load", "mrs", "parse", "predictor_corrector", "restart",
+    "reverse_diffusion", "unipc", "unknown",
 ]  # fmt: skip

@@ -30,6 +30,11 @@ for lower in (0, 1):
 for order in range(4):
     SAME[f"deis_rhoab{order}"] = solvers.deis(order + 1, "rho")
     SAME[f"deis_tab{order}"] = solvers.deis(order + 1, "t")
+for order in range(1, 6):
+    SAME[f"ghvb_{order}_beta0.5"] = solvers.ghvb(order, 0.5)
+    SAME[f"hb_{order}_beta0.5"] = solvers.heavy_ball(order, 0.5)
+    SAME[f"nesterov_{order}_beta0.5"] = solvers.heavy_ball(order, 0.5, nesterov=True)
+SAME |= {f"{name}_3_beta1": solvers.ghvb(3, 1.0) for name in ("ghvb", "hb", "nesterov")}
 SAME["deis_rk_1euler"] = solvers.ddim()
 SAME |= {f"pndm_ddim_{n}": solvers.ddim() for n in (8, 10)}
 
@@ -59,6 +64,8 @@ def test_agrees_with_the_official_code(name):
         ("unipc_x0_vary_coeff_2_lof1_logsnr8", uni(2, "bh2")),
         ("deis_tab2", solvers.deis(3, "rho")),
         ("deis_rhoab2", solvers.deis(2, "rho")),
+        ("ghvb_3_beta0.5", solvers.heavy_ball(3, 0.5)),
+        ("nesterov_3_beta0.5", solvers.heavy_ball(3, 0.5)),
     ],
 )
 def test_named_differences_are_differences(name, wrong):

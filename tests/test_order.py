@@ -19,7 +19,13 @@ import jdiff
 from jdiff import order, process, solvers
 
 VP = process.vp_linear()
-NO_ORDER: dict[str, str] = {}  # name -> why
+NO_ORDER: dict[str, str] = {  # name -> why
+    "ghvb": "weights of equal steps",
+    "heavy_ball": "weights of equal steps",
+    "restart": "a pass has steps of its own, whatever the grid",
+    "predictor_corrector": "Langevin steps do not shrink with the grid",
+    "edm_stochastic": "its noise is inflated on purpose",
+}
 
 
 def keeping(make):

@@ -14,7 +14,9 @@ import jdiff
 from jdiff import exact, process, solvers, times
 
 each_process = pytest.mark.parametrize("p", PROCESSES.values(), ids=PROCESSES)
-EXACT_FOR_POINTS = {k: s for k, s in VARIANTS.items() if k not in ("euler_t", "heun_t")}
+DISCRETISED = ("euler_t", "heun_t", "euler_maruyama", "reverse_diffusion", "predictor_corrector")  # x's drift, too
+INFLATED = ("edm_stochastic",)  # s_noise > 1
+EXACT_FOR_POINTS = {k: s for k, s in VARIANTS.items() if k not in (*DISCRETISED, *INFLATED)}
 
 
 # 1. Point mass ---------------------------------------------------------------------------------------------------
@@ -45,8 +47,11 @@ def test_a_grid_that_ends_at_sigma_zero(p, name):
     for make in times.ALL.values():
         for n in (1, 2, 5):
             T = VARIANTS[name](p, make(p, n)).validate()
-            assert T.nfe == VARIANTS[name].cost(n)
-            if name not in ("euler_t", "heun_t", "deis", "deis_4", "deis_rho") and n > 1:
+            if name == "restart":  # a pass that ends at sigma = 0, for want of another point below, costs less
+                assert T.nfe <= VARIANTS[name].cost(n)
+            else:
+                assert T.nfe == VARIANTS[name].cost(n)
+            if name not in ("euler_t", "heun_t", "deis", "deis_4", "deis_rho", "ghvb", "heavy_ball") and n > 1:
                 np.testing.assert_allclose(T.B[-1, 0, 0], 1.0, atol=1e-12)  # the sample is the last prediction
 
 
@@ -136,8 +141,10 @@ def zigzag(p, n, start, end):
     return p.t_of_lam(lam)
 
 
+NO_ORDER = ("unipc", "dpm_solver_v3", "ghvb", "heavy_ball")  # the last two: tests/test_momentum.py, on equal steps
 ORDERS = {
-    **{k: s for k, s in VARIANTS.items() if not s.stochastic and k not in ("unipc", "dpm_solver_v3")},
+    **{k: s for k, s in VARIANTS.items() if not s.stochastic and k not in NO_ORDER},
+    **{f"heun_{a}_{v}": solvers.heun(variable=v, alpha=a) for a in (0.5, 2 / 3) for v in ("sigma", "t")},
     **{f"deis_{o}_{v}": solvers.deis(o, v) for o in (2, 3, 4) for v in ("t", "rho", "lam")},
     **{f"unipc_{o}_{b}": solvers.unipc(o, b, lower_order_final=False) for o in (1, 2, 3) for b in ("bh1", "bh2")},
 }
@@ -248,7 +255,8 @@ def reference(den, p, x, start, end):
 
 # 4. Stochastic solvers -------------------------------------------------------------------------------------------
 
-STOCHASTIC = {k: s for k, s in VARIANTS.items() if s.stochastic}
+# A Restart pass of two steps keeps its error on any main grid: tests/test_solvers_stochastic.py refines it
+STOCHASTIC = {k: s for k, s in VARIANTS.items() if s.stochastic and k != "restart"}
 
 
 @pytest.mark.parametrize("name", STOCHASTIC)
