@@ -12,6 +12,7 @@ from typing import Any
 from jdiff.trace import Solver
 
 from .classic import ddim, ddpm, edm_stochastic, euler, heun
+from .compensated import dc_solver
 from .empirical import dpm_solver_v3
 from .exponential import deis, dpm_solver_pp, unipc
 from .file import load
@@ -29,6 +30,7 @@ ALL: dict[str, Callable[..., Solver]] = {
     "deis": deis,
     "unipc": unipc,
     "dpm_solver_v3": dpm_solver_v3,
+    "dc_solver": dc_solver,
     "mrs": mrs,
     "edm_stochastic": edm_stochastic,
     "euler_maruyama": euler_maruyama,
@@ -74,7 +76,7 @@ def parse(text: str) -> Solver:
 
 
 __all__ = [
-    "ALL", "Solver", "ddim", "ddpm", "deis", "dpm_solver_pp", "dpm_solver_v3", "edm_stochastic", "euler",
+    "ALL", "Solver", "dc_solver", "ddim", "ddpm", "deis", "dpm_solver_pp", "dpm_solver_v3", "edm_stochastic", "euler",
     "euler_maruyama", "get", "ghvb", "heavy_ball", "heun", "load", "mrs", "parse", "predictor_corrector", "restart",
     "reverse_diffusion", "unipc", "unknown",
 ]  # fmt: skip

@@ -141,7 +141,13 @@ def zigzag(p, n, start, end):
     return p.t_of_lam(lam)
 
 
-NO_ORDER = ("unipc", "dpm_solver_v3", "ghvb", "heavy_ball")  # the last two: tests/test_momentum.py, on equal steps
+NO_ORDER = (
+    "unipc",
+    "dpm_solver_v3",
+    "dc_solver",
+    "ghvb",
+    "heavy_ball",
+)  # the last two: tests/test_momentum.py, on equal steps
 ORDERS = {
     **{k: s for k, s in VARIANTS.items() if not s.stochastic and k not in NO_ORDER},
     **{f"heun_{a}_{v}": solvers.heun(variable=v, alpha=a) for a in (0.5, 2 / 3) for v in ("sigma", "t")},
