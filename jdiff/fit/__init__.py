@@ -8,12 +8,13 @@ x = jdiff.sample(model, jdiff.solvers.load("solver.safetensors"), noise)
 
 from jdiff.solvers.file import save
 
+from . import compensation
 from .free import Params, from_tableau, to_tableau
 from .gradient import STANDARD, Fit, objective, standard, table
 from .reference import Reference, Source, fingerprint, reference
 from .report import errors, report
 
 __all__ = [
-    "STANDARD", "Fit", "Params", "Reference", "Source", "errors", "fingerprint", "from_tableau", "objective",
-    "reference", "report", "save", "standard", "table", "to_tableau",
+    "STANDARD", "Fit", "Params", "Reference", "Source", "compensation", "errors", "fingerprint", "from_tableau",
+    "objective", "reference", "report", "save", "standard", "table", "to_tableau",
 ]  # fmt: skip
