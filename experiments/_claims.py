@@ -13,6 +13,7 @@ of an exact model, or `Digits`, trained models on real data. A table shows one m
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,27 +95,26 @@ class Law:
 
 @dataclass(frozen=True, eq=False)
 class Digits:
-    """The trained digits models of three seeds ("flow", "vp_linear"): Fréchet distance to held-out digits."""
+    """The trained digits models of three seeds ("flow", "vp_linear"): Fréchet distance to held-out digits.
+
+    wrap: what is done to each Denoiser first.
+    """
 
     kind: str = "vp_linear"
     start: float | None = None
     end: float = 0.0
     n: int = 500
+    wrap: Callable[[jdiff.Denoiser], jdiff.Denoiser] = lambda denoiser: denoiser
 
     @property
     def process(self) -> Process:
         return processes.ALL[self.kind]()
 
     def prepare(self, settings: Settings) -> Measure:
-        from jdiff import data
         from jdiff.experiments.fast_sampling import score
 
-        labels = jnp.arange(self.n, dtype=jnp.int32) % 10
-        reference = metrics.embed(metrics.digit_features(), data.load("digits", split="test"))
-        models = []
-        for seed in (0, 1, 2):
-            denoiser = train.denoiser_from(_digits.trained(self.kind, seed), ema=0.10, labels=labels)
-            models.append((denoiser, denoiser.process.prior(jax.random.key(seed), (self.n, 8, 8, 1))))
+        reference, models = _digits_models(self.kind, self.n)
+        models = [(self.wrap(denoiser), x) for denoiser, x in models]
 
         def measure(tableau: jdiff.Tableau) -> dict[str, Any]:
             found, outside = [], []
@@ -125,9 +125,22 @@ class Digits:
                 found.append(score(features, reference)["Fréchet distance"])
             error = float(np.std(found, ddof=1) / np.sqrt(len(found)))
             mean = {"Fréchet distance": float(np.mean(found)), "out of range": float(np.mean(outside))}
-            return {**mean, "Fréchet distance se": error}
+            each = {f"Fréchet distance {seed}": value for seed, value in enumerate(found)}
+            return {**mean, "Fréchet distance se": error, **each}
 
         return measure
+
+
+@functools.cache
+def _digits_models(kind: str, n: int) -> tuple[np.ndarray, list[tuple[jdiff.Denoiser, jax.Array]]]:
+    """Features of the held-out digits; the models of three seeds, each with its noise (n, 8, 8, 1)."""
+    from jdiff import data
+
+    labels, models = jnp.arange(n, dtype=jnp.int32) % 10, []
+    for seed in (0, 1, 2):
+        denoiser = train.denoiser_from(_digits.trained(kind, seed), ema=0.10, labels=labels)
+        models.append((denoiser, denoiser.process.prior(jax.random.key(seed), (n, 8, 8, 1))))
+    return metrics.embed(metrics.digit_features(), data.load("digits", split="test")), models
 
 
 class Run(NamedTuple):
