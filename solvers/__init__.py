@@ -11,13 +11,15 @@ from typing import Any
 
 from jdiff.trace import Solver
 
+from .adams import deis, pndm
 from .classic import ddim, ddpm, edm_stochastic, euler, heun
 from .compensated import dc_solver
 from .empirical import dpm_solver_v3
-from .exponential import deis, dpm_solver_pp, unipc
+from .exponential import dpm_solver, dpm_solver_pp
 from .file import load
 from .mean_reverting import mrs
 from .momentum import ghvb, heavy_ball
+from .multistep import sa_solver, unipc
 from .restart import restart
 from .sde import euler_maruyama, predictor_corrector, reverse_diffusion
 
@@ -26,9 +28,12 @@ ALL: dict[str, Callable[..., Solver]] = {
     "heun": heun,
     "ddim": ddim,
     "ddpm": ddpm,
+    "dpm_solver": dpm_solver,
     "dpm_solver_pp": dpm_solver_pp,
     "deis": deis,
     "unipc": unipc,
+    "pndm": pndm,
+    "sa_solver": sa_solver,
     "dpm_solver_v3": dpm_solver_v3,
     "dc_solver": dc_solver,
     "mrs": mrs,
@@ -76,7 +81,7 @@ def parse(text: str) -> Solver:
 
 
 __all__ = [
-    "ALL", "Solver", "dc_solver", "ddim", "ddpm", "deis", "dpm_solver_pp", "dpm_solver_v3", "edm_stochastic", "euler",
-    "euler_maruyama", "get", "ghvb", "heavy_ball", "heun", "load", "mrs", "parse", "predictor_corrector", "restart",
-    "reverse_diffusion", "unipc", "unknown",
+    "ALL", "Solver", "dc_solver", "ddim", "ddpm", "deis", "dpm_solver", "dpm_solver_pp", "dpm_solver_v3",
+    "edm_stochastic", "euler", "euler_maruyama", "get", "ghvb", "heavy_ball", "heun", "load", "mrs", "parse", "pndm",
+    "predictor_corrector", "restart", "reverse_diffusion", "sa_solver", "unipc", "unknown",
 ]  # fmt: skip

@@ -1,28 +1,42 @@
-"""Exponential integrators: DPM-Solver++, DEIS, UniPC. Notation as in classic.py.
+"""Exponential integrators in half log-SNR; DPM-Solver and DPM-Solver++. Notation as in classic.py.
 
-All three integrate the linear part of the probability-flow ODE exactly and a polynomial through past outputs:
+All of them integrate the linear part of an ODE or SDE exactly, and a polynomial in lam through outputs F:
 
-    x1 = (s1/s0) x + a1 int_0^h e^(u-h) D(lam0 + u) du          (data prediction: DPM-Solver++, UniPC)
-    x1 = (a1/a0) x + a1 int_rho0^rho1 eps drho                  (noise prediction: DEIS)
+    x1 = (s1/s0) e^(-eta h) x + a1 int_0^H e^(u-H) F du + noise,   H = (1 + eta) h     F = D, data prediction
+    x1 = (a1/a0) x            - s1 int_0^h e^(h-u) F du                                F = eps, noise prediction
+
+Solvers differ in where the outputs stand: at past points (multistep, `adams`), at the new point too (the correctors of
+multistep.py), or at points inside the step (`singlestep`). Both forms take their points from the grid, so
+that a grid of n steps costs n evaluations with any method: in a singlestep method of order p, p steps of the grid make
+one step.
 
 Into sigma = 0 (h = inf) a polynomial in lam cannot be extrapolated: that step is D itself, of first order. (The
-integral of eps would be finite in DEIS; but taken in full order it was measured to spoil the sample, 6 times the error
-at 50 steps on the digits.) DEIS in t or rho has its nodes at finite places and keeps its order.
+integral of eps would be finite; but taken in full order it was measured to spoil the sample, 6 times the error at 50
+steps on the digits.) Out of alpha = 0 noise prediction has no step; that step is taken in data prediction.
 Multistep methods start at order 1 and climb; `jdiff.times.graded` gives a start that keeps the order.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from jdiff.trace import Grid, Model, Noise, Solver, Value
 
-from .weights import lagrange, moments, quadrature
+from .weights import moments
+
+Rule = Callable[[np.ndarray, float], np.ndarray]  # (moments, H) -> the moments that a published form uses
+Outputs = list[tuple[int, Value]]  # (grid point, output there)
 
 
 def _check_order(name: str, order: int, highest: int) -> None:
     if order not in range(1, highest + 1):
         raise ValueError(f"{name}: order is {order!r}; expected 1 to {highest}")
+
+
+def _check_choice(name: str, what: str, value: Any, known: tuple[Any, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"{name}: {what} is {value!r}; expected {', '.join(map(repr, known[:-1]))} or {known[-1]!r}")
 
 
 def _final_cap(g: Grid, i: int, lower_order_final: bool) -> int:
@@ -32,174 +46,254 @@ def _final_cap(g: Grid, i: int, lower_order_final: bool) -> int:
     return g.n - i if lower_order_final else g.n
 
 
+def exact(m: np.ndarray, H: float) -> np.ndarray:
+    """The rule of the exact integral."""
+    return m
+
+
+def half(m: np.ndarray, H: float) -> np.ndarray:
+    """Two points: m0/2 for the exact m1, which costs no order. 2M's "midpoint", UniPC's bh2, B(h) = e^h - 1."""
+    return np.array([m[0], m[0] / 2]) if len(m) == 2 else m
+
+
+def half_step(m: np.ndarray, H: float) -> np.ndarray:
+    """Two points: H/2 for the exact m1. UniPC's bh1, B(h) = h; SA-Solver's form for few steps."""
+    return np.array([m[0], H / 2]) if len(m) == 2 and np.isfinite(H) else half(m, H)
+
+
+def step(
+    g: Grid, i: int, j: int, x: Value, points: Outputs, kind: str = "x0", eta: float = 0.0, rule: Rule = exact
+) -> Value:
+    """The mean of the step from grid point i to j: x at i, and the polynomial through outputs at `points`."""
+    a0, s0, a1, s1, h = g.a[i], g.s[i], g.a[j], g.s[j], g.lam[j] - g.lam[i]
+    if s1 == 0 or (len(points) == 1 and np.isinf(h) and eta == 0):  # F held: closed forms without h
+        keep, hold = (s1 / s0, a1 - a0 * s1 / s0) if kind == "x0" else (a1 / a0, s1 - s0 * a1 / a0)
+        return keep * x + hold * points[0][1]
+    H = (1.0 + eta) * h if kind == "x0" else -h
+    keep, scale = ((s1 / s0) * np.exp(-eta * h) if eta else s1 / s0, a1) if kind == "x0" else (a1 / a0, s1)
+    r = np.array([0.0 if k == i else 1.0 if k == j else (g.lam[k] - g.lam[i]) / h for k, _ in points])
+    k = np.arange(len(r))
+    factorial = np.cumprod(np.maximum(k, 1))
+    w = np.linalg.solve(r[None, :] ** k[:, None], factorial * rule(moments(H, len(r)), H))
+    y = keep * x
+    for weight, (_, F) in zip(w, points, strict=True):
+        y = y + (scale * weight) * F
+    return y
+
+
+def noise_std(g: Grid, i: int, j: int, eta: float) -> float:
+    """Standard deviation of the noise that the reverse SDE adds from grid point i to j; none into sigma = 0."""
+    return g.s[j] * np.sqrt(-np.expm1(-2.0 * eta * (g.lam[j] - g.lam[i]))) if eta > 0 and g.s[j] > 0 else 0.0
+
+
+def adams(
+    g: Grid,
+    x: Value,
+    model: Model,
+    noise: Noise,
+    predictor: int,
+    corrector: int = 0,
+    kind: str = "x0",
+    eta: Callable[[int], float] = lambda i: 0.0,
+    rule: Rule = exact,
+    cap: Callable[[int], int] | None = None,
+    correct: Callable[..., Value] = step,
+) -> Value:
+    """Multistep predictor of order `predictor`; and a corrector through `corrector` points, the new one among them.
+
+    The corrector repeats the step from the same x with the output at the predicted point, and that output is kept for
+    the next step (PEC: no evaluation more). eta(i): stochasticity of step i; one noise serves both. cap(i): highest
+    order of step i. After the last step nothing is evaluated, so nothing is corrected.
+    """
+    at = lambda i: "x0" if g.a[i] == 0 else kind
+
+    def usable(i: int, past: Outputs) -> Outputs:
+        return [(k, F) for k, F in past if k == i or np.isfinite(g.lam[k])]
+
+    def order(i: int) -> int:
+        known = i + 1 - int(g.a[0] == 0 and i > 0)
+        return 1 if g.s[i + 1] == 0 else min(predictor, known, cap(i) if cap else predictor)
+
+    y, past = x, [(0, model(x, g.t[0], kind=at(0), label=f"order {order(0)}"))]
+    for i in range(g.n):
+        points, this = usable(i, past), at(i)
+        x = y if g.s[i + 1] == 0 else x  # the sample is D, of the point that was evaluated
+        y = step(g, i, i + 1, x, points[: order(i)], this, eta(i), rule)
+        std = noise_std(g, i, i + 1, eta(i))
+        z = std * noise() if std > 0 else 0.0
+        y = y + z
+        if i == g.n - 1:
+            return y
+        new = (i + 1, model(y, g.t[i + 1], kind=kind, label=f"order {order(i + 1)}"))
+        c = min(corrector, len(points) + 1, (cap(i) if cap else corrector) + 1)
+        x = correct(g, i, i + 1, x, [new, *points[: c - 1]], this, eta(i), rule) + z if c and this == kind else y
+        past = [new, *points][: max(predictor, corrector - 1, 1)]
+    return x
+
+
+def groups(g: Grid, order: int, fast: bool) -> list[int]:
+    """How many steps of the grid each singlestep step takes: `order`, and at the end what is left.
+
+    fast: DPM-Solver-fast's splitting, which ends with 2 + 1 where 3 divides the number of evaluations. A step that
+    leaves alpha = 0 or reaches sigma = 0 is one step of the grid, of first order.
+    """
+    sizes = [order] * (g.n // order) + [g.n % order] * (g.n % order > 0)
+    if fast and g.n % 3 == 0:
+        sizes[-1:] = [2, 1]
+    if g.s[-1] == 0 and sizes[-1] > 1:
+        sizes[-1:] = [sizes[-1] - 1, 1]
+    if g.a[0] == 0 and sizes[0] > 1:
+        sizes[:1] = [1, sizes[0] - 1]
+    return sizes
+
+
+def singlestep(
+    g: Grid,
+    x: Value,
+    model: Model,
+    noise: Noise,
+    sizes: list[int],
+    kind: str = "x0",
+    eta: float = 0.0,
+    rule: Rule = exact,
+    two_points: bool = False,
+    corrector: bool = False,
+) -> Value:
+    """Singlestep methods whose inner points are those of the grid; sizes as of `groups`.
+
+    Inner point k is reached with the outputs at the points before it, the end with all of them (two_points: with the
+    first and the last alone, by exact weights in a step of order 3). The noise is that of one path: what an inner
+    point has seen, the end has seen too. The corrector takes the outputs at the ends of former steps, for those are
+    good to the order that it needs and those at inner points are not; it begins when there are enough of them.
+    """
+    i, y, ends, at = 0, x, list[tuple[int, Value]](), lambda i: "x0" if g.a[i] == 0 else kind
+    new = model(x, g.t[0], kind=at(0), label=f"order {sizes[0]}")
+    for number, p in enumerate(sizes):
+        this, points, path = at(i), [(i, new)], 0.0
+        x = y if g.s[i + p] == 0 else x  # the sample is D, of the point that was evaluated
+        for j in range(i + 1, i + p + 1):
+            last = j == i + p
+            used = [points[0], points[-1]] if last and two_points and p > 1 else points
+            y = step(g, i, j, x, used, this, eta, exact if two_points and p > 2 else rule)
+            if (std := noise_std(g, j - 1, j, eta)) > 0:
+                kept = (g.s[j] / g.s[j - 1]) * np.exp(-eta * g.h(j - 1))
+                path = std * noise() + (kept * path if j > i + 1 else 0.0)
+            y = y + path
+            if j == g.n:
+                return y
+            label = f"order {sizes[number + 1]}" if last else "inner point"
+            points.append((j, model(y, g.t[j], kind=kind, label=label)))
+        ends = [(k, F) for k, F in [(i, new), *ends] if np.isfinite(g.lam[k])]
+        if corrector and len(ends) >= p:
+            x = step(g, i, i + p, x, [points[-1], *ends[:p]], this, eta, rule)
+        else:
+            x = y
+        i, new = i + p, points[-1][1]
+    return x
+
+
+FORMS = {"midpoint": "midpoint", "dpmsolver": "midpoint", "heun": "heun", "taylor": "heun"}
+
+
+def _dpm(
+    name: str, kind: str, order: int, method: str, eta: float, form: str, lower_order_final: bool, as_published: bool
+) -> Callable[[Grid, Value, Model, Noise], Value]:
+    """The samplers of DPM-Solver (kind "eps") and DPM-Solver++ ("x0")."""
+    _check_order(name, order, 3)
+    _check_choice(name, "method", method, ("multistep", "singlestep", "fast"))
+    if form not in FORMS:
+        raise ValueError(f"{name}: form is {form!r}; expected 'midpoint' or 'heun' (officially 'dpmsolver', 'taylor')")
+    if not 0 <= eta <= 1:
+        raise ValueError(f"{name}: expected 0 <= eta <= 1, got {eta}")
+    if method == "fast" and order != 3:
+        raise ValueError(f"{name}: order is {order} with method='fast', which splits the evaluations of order 3")
+    if method != "multistep" and (lower_order_final or as_published):
+        raise ValueError(f"{name}: lower_order_final and as_published belong to method='multistep', got {method!r}")
+    midpoint = FORMS[form] == "midpoint"
+
+    def rule(m: np.ndarray, H: float) -> np.ndarray:
+        if as_published and len(m) == 3:
+            return m * [1.0, 1.0, 0.5]  # h^2 D''/2 with the weight of h^2 D''
+        return half(m, H) if midpoint else m
+
+    def sampler(g: Grid, x: Value, model: Model, noise: Noise) -> Value:
+        if method == "multistep":
+            cap = lambda i: _final_cap(g, i, lower_order_final)
+            return adams(g, x, model, noise, order, 0, kind, lambda i: eta, rule, cap)
+        sizes = groups(g, order, method == "fast")
+        return singlestep(g, x, model, noise, sizes, kind, eta, rule, two_points=midpoint)
+
+    return sampler
+
+
+def dpm_solver(
+    order: int = 3,
+    method: str = "fast",
+    form: str = "midpoint",
+    lower_order_final: bool = False,
+    as_published: bool = False,
+) -> Solver:
+    """DPM-Solver (Lu et al. 2022), noise prediction, orders 1 to 3; order 1 is DDIM.
+
+    method             "singlestep": DPM-Solver-2 and -3 (algorithms 1 and 2), `order` steps of the grid a step and a
+                       last one of what is left; "fast": DPM-Solver-fast, order 3 that ends with 2 + 1 or 2 or 1, as
+                       the official "singlestep" and k-diffusion's dpm_fast; "multistep": the official multistep form
+    form               "midpoint" (official "dpmsolver", the paper's) or "heun" ("taylor"), as in `dpm_solver_pp`
+    lower_order_final, as_published    of "multistep", as in `dpm_solver_pp`
+
+    n steps cost n evaluations with any method. The inner points r1, r2 are the grid's: 1/2, and 1/3 and 2/3, on
+    `times.logsnr`. Order 3 needs r2 = 2/3, or nearly, as on any smooth grid. The official code with a log-SNR grid
+    makes steps of order 3, 2 and 1 equally long; here a step of order p has p grid steps, so that the evaluations are
+    evenly spaced (its other grids are used as here).
+    """
+    sampler = _dpm("dpm_solver", "eps", order, method, 0.0, form, lower_order_final, as_published)
+    return Solver(
+        "dpm_solver",
+        sampler,
+        order,
+        ("Lu et al. 2022 (DPM-Solver), arXiv 2206.00927, algorithms 1 and 2, appendix D.1",),
+        prediction="eps",
+        when="12 or more evaluations of a smooth unguided model; fewer: dpm_solver_pp, unipc or deis",
+    )
+
+
 def dpm_solver_pp(
     order: int = 2,
     eta: float = 0.0,
     form: str = "midpoint",
     lower_order_final: bool = False,
     as_published: bool = False,
-    interval: tuple[float, float] = (0.0, float("inf")),
+    method: str = "multistep",
 ) -> Solver:
-    """Multistep DPM-Solver++ (Lu et al. 2022, algorithm 2), orders 1 to 3: "2M", "3M"; with eta > 0 the SDE versions.
+    """DPM-Solver++ (Lu et al. 2022), orders 1 to 3: "2M", "3M", "2S", "3S"; with eta > 0 the SDE versions.
 
     With differences D1 ~ h D', D2 ~ h^2 D'' at the step's start and H = (1 + eta) h,
 
         x1 = (s1/s0) e^(-eta h) x + a1 [m0(H) D0 + m1(H) D1 + m2(H) D2] + s1 sqrt(1 - e^(-2 eta h)) z.
 
-    eta                0 the ODE, 1 the reverse SDE ("SDE-DPM-Solver++(2M)"), between them k-diffusion's eta
-    form               order 2's weight of D1: "midpoint" m0/2 as in the paper, "heun" the exact m1 (official "taylor")
+    eta                0 the ODE, 1 the reverse SDE ("SDE-DPM-Solver++(2M)"), between them k-diffusion's eta; the weak
+                       order is 2 at most, for past outputs have seen other noise
+    form               order 2's weight of D1: "midpoint" m0/2 as in the paper (official "dpmsolver"), "heun" the exact
+                       m1 (official "taylor"). 3S: "midpoint" uses the first and last point, "heun" all three
     lower_order_final  the last steps take order 2, 1: helps some models at few steps and costs the order (the
                        official code does so below 10 steps; its documentation, and diffusers, say 15)
     as_published       D2 without its factor 2, as in the official code, diffusers and k-diffusion: order 3 is then
                        of second order everywhere
-    interval           noise levels sigma/alpha (low, high) of the steps that eta acts in; the others are the ODE's.
-                       Noise at high levels alone costs next to nothing, as with (5, inf)
+    method             "multistep"; "singlestep" and "fast": inner points in place of past ones, as in `dpm_solver`.
+                       With eta = 1 "singlestep" of order 2 is k-diffusion's dpmpp_sde, but the noise at the inner
+                       point and at the end are those of one path of the SDE (there: of Brownian motion in sigma)
     """
-    _check_order("dpm_solver_pp", order, 3)
-    if form not in ("midpoint", "heun"):
-        raise ValueError(f"dpm_solver_pp: form is {form!r}; expected 'midpoint' or 'heun'")
-    if not 0 <= eta <= 1:
-        raise ValueError(f"dpm_solver_pp: expected 0 <= eta <= 1, got {eta}")
-    if not 0 <= interval[0] < interval[1]:
-        raise ValueError(f"dpm_solver_pp: interval is {interval}; expected (low, high), 0 <= low < high, sigma/alpha")
-
-    def sampler(g: Grid, x: Value, model: Model, noise: Noise) -> Value:
-        past: list[Value] = []
-        for i in range(g.n):
-            a1, s0, s1, h = g.a[i + 1], g.s[i], g.s[i + 1], g.h(i)
-            e = eta if interval[0] <= g.rho(i) <= interval[1] else 0.0
-            p = min(order, i + 1, _final_cap(g, i, lower_order_final))
-            D = model(x, g.t[i], label=f"order {p}")
-            past = [D, *past[: order - 1]]
-            m0, m1, m2 = moments((1.0 + e) * h, 3)
-            bracket = m0 * D
-            if p == 2:
-                slope = (past[0] - past[1]) / (g.h(i - 1) / h)
-                bracket = bracket + (m0 / 2 if form == "midpoint" else m1) * slope
-            if p == 3:
-                r0, r1 = g.h(i - 1) / h, g.h(i - 2) / h
-                near, far = (past[0] - past[1]) / r0, (past[1] - past[2]) / r1
-                D1 = near + (r0 / (r0 + r1)) * (near - far)
-                D2 = ((1.0 if as_published else 2.0) / (r0 + r1)) * (near - far)
-                bracket = bracket + m1 * D1 + m2 * D2
-            decay = np.exp(-e * h) if e > 0 else 1.0  # h may be infinite
-            x = (s1 / s0) * decay * x + a1 * bracket if s1 > 0 else a1 * D
-            if e > 0 and s1 > 0:
-                x = x + s1 * np.sqrt(-np.expm1(-2.0 * e * h)) * noise()
-        return x
-
+    sampler = _dpm("dpm_solver_pp", "x0", order, method, eta, form, lower_order_final, as_published)
     kind = "SDE-DPM-Solver++" if eta > 0 else "DPM-Solver++"
     return Solver(
         "dpm_solver_pp",
         sampler,
-        order,
-        (f"Lu et al. 2022, {kind}, arXiv 2211.01095, algorithm 2",),
+        min(order, 2) if eta > 0 else order,
+        (f"Lu et al. 2022, {kind}, arXiv 2211.01095, algorithms 1 and 2",),
         stochastic=eta > 0,
+        when=(
+            "stochastic, 20 to 100 evaluations: the best-known SDE solver"
+            if eta > 0
+            else "guided models at 10 to 25 evaluations; a safe first choice"
+        ),
     )
-
-
-def deis(order: int = 3, variable: str = "t", lower_order_final: bool = False) -> Solver:
-    """DEIS (Zhang and Chen 2022, eq. 14 and 15), orders 1 to 4 (the paper's r = order - 1); order 1 is DDIM.
-
-        x1 = (a1/a0) x + a1 sum_j C_j eps_j,     C_j = int_rho0^rho1 l_j drho,     l_j Lagrange on past points
-
-    variable: what eps is a polynomial in. "t": tAB-DEIS, the paper's best, made for VP processes; "rho": rhoAB, for
-    sigma/alpha; "lam": log-SNR, what diffusers calls DEIS (there the integrals are closed forms that cancel in
-    float32; here they are float64 and good to rounding). On `edm` "t" and "rho" are one, and "lam" is far better.
-    The official code sums 10,000 rectangles; here the weights are exact.
-    """
-    _check_order("deis", order, 4)
-    if variable not in ("t", "rho", "lam"):
-        raise ValueError(f"deis: variable is {variable!r}; expected 't', 'rho' or 'lam'")
-
-    def weights(g: Grid, i: int, points: list[int]) -> np.ndarray:
-        rho0, rho1, h = g.rho(i), g.rho(i + 1), g.h(i)
-        if variable == "lam":  # drho = -rho dlam
-            basis = lambda u: lagrange(g.lam[points] - g.lam[i], u)
-            if np.isinf(h):
-                return np.array([-rho0])
-            return -rho0 * quadrature(lambda u: basis(u) * np.exp(-u), 0.0, h)
-        if variable == "rho":
-            nodes = np.array([g.rho(j) for j in points])
-            return quadrature(lambda rho: lagrange(nodes, rho), rho0, rho1, panels=1)
-        with np.errstate(divide="ignore"):
-            time = lambda rho: g.process.t_of_lam(-np.log(rho))
-        return quadrature(lambda rho: lagrange(g.t[points], time(rho)), rho0, rho1)
-
-    def sampler(g: Grid, x: Value, model: Model, noise: Noise) -> Value:
-        past: list[tuple[int, Value]] = []
-        for i in range(g.n):
-            a0, s0, a1, s1 = g.a[i], g.s[i], g.a[i + 1], g.s[i + 1]
-            cap = _final_cap(g, i, lower_order_final) if variable == "lam" else g.n - i if lower_order_final else order
-            if a0 == 0:  # rho is infinite: DDIM, the same step in its other form
-                D = model(x, g.t[i], label="order 1")
-                past = [(i, x / s0)] if variable == "t" else []
-                x = (s1 / s0) * x + a1 * D
-                continue
-            p = min(order, cap, len(past) + 1)
-            eps = model(x, g.t[i], kind="eps", label=f"order {p}")
-            past = [(i, eps), *past[: order - 1]]
-            C = weights(g, i, [j for j, _ in past[:p]])
-            x = (a1 / a0) * x
-            for c, (_, e) in zip(C, past, strict=False):
-                x = x + (a1 * c) * e
-        return x
-
-    return Solver("deis", sampler, order, ("Zhang and Chen 2022 (DEIS), arXiv 2204.13902, eq. 14 and 15",))
-
-
-def unipc(order: int = 3, variant: str = "bh2", corrector: bool = True, lower_order_final: bool = True) -> Solver:
-    """UniPC (Zhao et al. 2023, algorithms 1 and 2), data prediction, orders 1 to 3, with the corrector UniC for free.
-
-    With r_k the past points' (lam_k - lam0)/h and q_k = D_k - D0,
-
-        x1 = (s1/s0) x + a1 [m0 D0 + sum_k w_k q_k / r_k],     sum_k w_k r_k^(j-1) = j! m_j   (j = 1, 2, ..)
-
-    The predictor uses past points; the corrector repeats the step with the new point (r = 1) too, at no evaluation:
-    the output at the predicted point is used again for the next step. The corrector adds one to the order. The
-    function B(h) of the paper, "bh1" B = h and "bh2" B = 1 - e^(-h), cancels out of that system and matters only
-    where the paper sets w = B/2 instead of solving: the order-2 predictor and the order-1 corrector. Out of
-    alpha = 0 (h = inf) bh1 has no value and bh2's is taken (peers return NaN there, and into sigma = 0).
-    No corrector after the last step. lower_order_final, the published default, lowers the last steps to order 2, 1:
-    better at few steps (docs/differences.md); with False the order of convergence is kept to the end.
-    """
-    _check_order("unipc", order, 3)
-    if variant not in ("bh1", "bh2"):
-        raise ValueError(f"unipc: variant is {variant!r}; expected 'bh1' or 'bh2'")
-
-    def weights(h: float, r: list[float], halved: bool) -> np.ndarray:
-        m = moments(h, len(r) + 1)
-        if halved and len(r) == 1:
-            B = h if variant == "bh1" and np.isfinite(h) else m[0]
-            return np.array([B / 2])
-        j = np.arange(1, len(r) + 1)
-        factorial = np.cumprod(j)
-        return np.linalg.solve(np.array(r)[None, :] ** (j - 1)[:, None], factorial * m[1:])
-
-    def step(g: Grid, i: int, x: Value, D: Value, others: list[tuple[Any, Value]], halved: bool) -> Value:
-        """Step i from x with the output D there and further outputs (r, D_r)."""
-        a1, h = g.a[i + 1], g.h(i)
-        y = (g.s[i + 1] / g.s[i]) * x + (a1 * moments(h, 1)[0]) * D
-        for w, (r, Dr) in zip(weights(h, [r for r, _ in others], halved), others, strict=True):
-            y = y + (a1 * w / r) * (Dr - D)
-        return y
-
-    def sampler(g: Grid, x: Value, model: Model, noise: Noise) -> Value:
-        D = model(x, g.t[0])
-        past: list[tuple[int, Value]] = []  # newest first, without point i itself
-        for i in range(g.n):
-            if g.s[i + 1] == 0:
-                return g.a[i + 1] * D
-            usable = [((g.lam[j] - g.lam[i]) / g.h(i), Dj) for j, Dj in past if np.isfinite(g.lam[j])]
-            p = min(order, len(usable) + 1, _final_cap(g, i, lower_order_final))
-            others = usable[: p - 1]
-            predicted = step(g, i, x, D, others, halved=p == 2)
-            if i == g.n - 1:
-                return predicted
-            new = model(predicted, g.t[i + 1], label=f"after order {p}")
-            x = step(g, i, x, D, [*others, (1.0, new)], halved=p == 1) if corrector else predicted
-            past = [(i, D), *past[: order - 2]] if order > 1 else []
-            D = new
-        return x
-
-    return Solver("unipc", sampler, order, ("Zhao et al. 2023 (UniPC), arXiv 2302.04867, algorithms 1 and 2",))

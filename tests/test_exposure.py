@@ -87,8 +87,21 @@ def test_time_shift_above_the_cutoff_alone():
     assert np.abs(jdiff.sample(exposure.time_shift(den, 0.05, 0.3), T, x) - plain).max() > 1e-3
 
 
+def test_time_shift_of_a_guided_model():
+    """Times a sample go through the doubled batch of classifier-free guidance."""
+    fn = lambda x, t, y: jnp.broadcast_to(t + y[:, None, None], x.shape)
+    con = jdiff.denoiser(fn, VP, "eps", cond=jnp.array([1.0, 2.0, 3.0]))
+    x = VP.diffuse(jax.random.key(0), jnp.zeros((3, 40, 40)), jnp.array([0.1, 0.13, 0.16])[:, None, None])
+    plain, guided = (
+        asked(exposure.time_shift(den, 0.05, 0.0, levels=1001), x, 0.13)[1]
+        for den in (told(VP), guidance.cfg(con, con.with_cond(jnp.zeros(3)), 2.0))
+    )
+    np.testing.assert_allclose(guided, plain + 2.0 * np.array([1, 2, 3]), rtol=1e-6)
+    assert (np.diff(plain) > 0.01).all()
+
+
 def test_time_shift_does_not_help_an_exact_model():
-    """Unit-variance data, the exact denoiser: there is no exposure bias, and the published rule reads noise for data."""
+    """Unit-variance data, the exact denoiser: there is no bias to mend, and the published rule takes data for noise."""
     den = exact.gaussian(np.zeros(256), 1.0).denoiser(VP)
     T, x = solvers.unipc()(VP, times.logsnr(VP, 20)), VP.prior(jax.random.key(0), (500, 256))
     plain, shifted = (np.var(jdiff.sample(d, T, x)) for d in (den, exposure.time_shift(den, 0.03, 0.3)))

@@ -12,7 +12,7 @@ import inspect
 import numpy as np
 import pytest
 import scipy.integrate
-from test_solvers import mutant, stale_heun
+from test_solvers import EVENLY, mutant, stale_heun
 from test_trace import VARIANTS
 
 import jdiff
@@ -20,6 +20,7 @@ from jdiff import order, process, solvers
 
 VP = process.vp_linear()
 NO_ORDER: dict[str, str] = {  # name -> why
+    **EVENLY,
     "ghvb": "weights of equal steps",
     "heavy_ball": "weights of equal steps",
     "restart": "a pass has steps of its own, whatever the grid",

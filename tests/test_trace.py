@@ -59,6 +59,23 @@ VARIANTS = {
     "unipc_1": solvers.unipc(1, lower_order_final=False),
     "unipc_2_bh1": solvers.unipc(2, "bh1", lower_order_final=False),
     "unip": solvers.unipc(3, corrector=False, lower_order_final=False),
+    "dpm_solver_2s": solvers.dpm_solver(2, "singlestep"),
+    "dpm_solver_3m": solvers.dpm_solver(3, "multistep"),
+    "dpm_solver_pp_2s": solvers.dpm_solver_pp(2, method="singlestep", form="heun"),
+    "dpm_solver_pp_3s": solvers.dpm_solver_pp(3, method="singlestep", form="heun"),
+    "dpm_solver_pp_2s_sde": solvers.dpm_solver_pp(2, 1.0, method="singlestep"),
+    "dpm_solver_pp_3_sde": solvers.dpm_solver_pp(3, 1.0),
+    "deis_rk_2": solvers.deis(2, method="rk"),
+    "deis_rk_3": solvers.deis(3, method="rk"),
+    "deis_rk_4": solvers.deis(4, method="rk"),
+    "deis_ipndm": solvers.deis(4, method="ipndm"),
+    "unipc_5_eps": solvers.unipc(5, lower_order_final=False, prediction="eps"),
+    "unipc_vary": solvers.unipc(2, "vary_coeff", lower_order_final=False),
+    "unipc_singlestep": solvers.unipc(3, method="singlestep"),
+    "pndm_s": solvers.pndm(2),
+    "pndm_ramp": solvers.pndm(4, "ramp"),
+    "sa_ode": solvers.sa_solver(3, 4, 0.0, lower_order_final=False),
+    "sa_few_steps": solvers.sa_solver(2, 2, 1.0, None, few_steps=True),
 }
 
 
