@@ -17,6 +17,7 @@ if not os.path.isdir(os.path.join(os.path.dirname(__file__), "solvers")):  # a c
 from jdiff import exact, noise, predict, process, times
 from jdiff.denoiser import Denoiser, denoiser, edm_precondition
 from jdiff.execute import Info, State, Stepper, Trajectory, rows, run, sample, stepper
+from jdiff.inversion import invert, registers
 from jdiff.tableau import Record, Tableau
 from jdiff.trace import Solver, trace
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from jdiff import ema as ema
     from jdiff import exposure as exposure
     from jdiff import fit as fit
+    from jdiff import gradients as gradients
     from jdiff import guidance as guidance
     from jdiff import losses as losses
     from jdiff import metrics as metrics
@@ -47,6 +49,7 @@ _LAZY = {
     "ema",
     "exposure",
     "fit",
+    "gradients",
     "guidance",
     "losses",
     "metrics",
@@ -72,5 +75,6 @@ def __dir__() -> list[str]:
 
 __all__ = [
     "Denoiser", "Info", "Record", "Solver", "State", "Stepper", "Tableau", "Trajectory", "denoiser",
-    "edm_precondition", "exact", "noise", "predict", "process", "rows", "run", "sample", "stepper", "times", "trace",
+    "edm_precondition", "exact", "invert", "noise", "predict", "process", "registers", "rows", "run", "sample",
+    "stepper", "times", "trace",
 ]  # fmt: skip

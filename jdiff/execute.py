@@ -234,7 +234,9 @@ def _checked(denoiser: Denoiser, tableau: Tableau, x: PyTree, key: Array | None)
             )
         if leaf.dtype != leaves[0].dtype:
             raise TypeError(f"x mixes dtypes {sorted({str(v.dtype) for v in leaves})}; use one")
-        if not isinstance(leaf, Tracer) and not bool(jnp.isfinite(leaf).all()):
+        with jax.ensure_compile_time_eval():  # also where the caller is being traced, and x is a constant there
+            finite = isinstance(leaf, Tracer) or bool(jnp.isfinite(leaf).all())
+        if not finite:
             raise ValueError(
                 "the initial sample x holds NaN or infinite values; draw it with process.prior(key, shape)"
             )

@@ -180,7 +180,7 @@ class Solver:
 
 
 def trace(
-    sampler: Callable[[Value, Model, Noise], Value],
+    sampler: Callable[[Value, Model, Noise], Any],
     process: Process,
     *,
     name: str = "custom",
@@ -191,11 +191,13 @@ def trace(
     """Run `sampler(x, model, noise)` on symbols and return the tableau of what it did.
 
     `model(x, t, kind="x0", label="")` evaluates the network, `noise()` draws standard noise; the returned symbol is
-    the sample. Coefficients may be arrays that broadcast against one sample.
+    the sample, or the first of a tuple whose others are kept in registers to the end (what inversion starts from).
+    Coefficients may be arrays that broadcast against one sample.
     """
     tape = _Tape(process, outputs)
     x = Linear(tape, (), "x")
     last = sampler(x, tape.model, tape.noise)
+    last, *kept = last if isinstance(last, tuple) else (last,)
     if not isinstance(last, Linear):
         raise TypeError(f"{name}: the sampler returned {last!r}; expected a symbol, the sample")
     if not tape.points:
@@ -205,10 +207,12 @@ def trace(
 
     # Values that cross evaluations, and the last evaluation each must survive.
     until: dict[Linear, int] = {}
-    queue = list(points)
+    queue = [*points, *kept]
     for k, point in enumerate(points):
         if point.segment < k:  # evaluated later than computed
             until[point] = max(until.get(point, -1), k - 1)
+    for node in kept:
+        until[node] = max(until.get(node, -1), K - 1)
     seen: set[Linear] = set()
     while queue:
         node = queue.pop()
@@ -223,7 +227,8 @@ def trace(
     # Register allocation: 0 is the evaluation point, the others keep their place while they live.
     places: list[dict[Linear, int]] = []
     for k, point in enumerate(points):
-        live = [n for n in until if n.segment <= k <= until[n] and n is not point] if k < K else []
+        live = [n for n in until if n.segment <= k <= until[n]] if k < K else kept
+        live = [n for n in live if n is not point]
         before = places[-1] if places else {}
         place = {point: 0} | {n: before[n] for n in live if before.get(n, 0) > 0}
         free = (r for r in range(1, len(live) + K + 2) if r not in place.values())

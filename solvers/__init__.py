@@ -21,6 +21,7 @@ from .mean_reverting import mrs
 from .momentum import ghvb, heavy_ball
 from .multistep import sa_solver, unipc
 from .restart import restart
+from .reversible import bdia, ddim_inversion, edict
 from .sde import euler_maruyama, predictor_corrector, reverse_diffusion
 
 ALL: dict[str, Callable[..., Solver]] = {
@@ -44,6 +45,8 @@ ALL: dict[str, Callable[..., Solver]] = {
     "restart": restart,
     "ghvb": ghvb,
     "heavy_ball": heavy_ball,
+    "bdia": bdia,
+    "edict": edict,
 }
 
 
@@ -81,7 +84,8 @@ def parse(text: str) -> Solver:
 
 
 __all__ = [
-    "ALL", "Solver", "dc_solver", "ddim", "ddpm", "deis", "dpm_solver", "dpm_solver_pp", "dpm_solver_v3",
-    "edm_stochastic", "euler", "euler_maruyama", "get", "ghvb", "heavy_ball", "heun", "load", "mrs", "parse", "pndm",
-    "predictor_corrector", "restart", "reverse_diffusion", "sa_solver", "unipc", "unknown",
+    "ALL", "Solver", "bdia", "dc_solver", "ddim", "ddim_inversion", "ddpm", "deis", "dpm_solver", "dpm_solver_pp",
+    "dpm_solver_v3", "edict", "edm_stochastic", "euler", "euler_maruyama", "get", "ghvb", "heavy_ball", "heun",
+    "load", "mrs", "parse", "pndm", "predictor_corrector", "restart", "reverse_diffusion", "sa_solver", "unipc",
+    "unknown",
 ]  # fmt: skip

@@ -26,6 +26,7 @@ NO_ORDER: dict[str, str] = {  # name -> why
     "restart": "a pass has steps of its own, whatever the grid",
     "predictor_corrector": "Langevin steps do not shrink with the grid",
     "edm_stochastic": "its noise is inflated on purpose",
+    "bdia": "of second order on smooth grids alone, as tests/test_solvers.py has them",
 }
 
 

@@ -21,7 +21,8 @@ def run_directly(solver, g, x, f, rng):
         D = f(x, t)
         return D if kind == "x0" else jdiff.predict.convert(g.process, x, t, D, "x0", kind)
 
-    return solver.sampler(g, x, model, lambda: rng.normal(size=x.shape)), points
+    out = solver.sampler(g, x, model, lambda: rng.normal(size=x.shape))
+    return out[0] if isinstance(out, tuple) else out, points
 
 
 def run_rows(T, x, f, rng):
