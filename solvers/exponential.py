@@ -196,7 +196,15 @@ FORMS = {"midpoint": "midpoint", "dpmsolver": "midpoint", "heun": "heun", "taylo
 
 
 def _dpm(
-    name: str, kind: str, order: int, method: str, eta: float, form: str, lower_order_final: bool, as_published: bool
+    name: str,
+    kind: str,
+    order: int,
+    method: str,
+    eta: float,
+    form: str,
+    lower_order_final: bool,
+    as_published: bool,
+    interval: tuple[float, float] | None = None,
 ) -> Callable[[Grid, Value, Model, Noise], Value]:
     """The samplers of DPM-Solver (kind "eps") and DPM-Solver++ ("x0")."""
     _check_order(name, order, 3)
@@ -209,6 +217,11 @@ def _dpm(
         raise ValueError(f"{name}: order is {order} with method='fast', which splits the evaluations of order 3")
     if method != "multistep" and (lower_order_final or as_published):
         raise ValueError(f"{name}: lower_order_final and as_published belong to method='multistep', got {method!r}")
+    if interval is not None and (method != "multistep" or not 0 <= interval[0] < interval[1]):
+        raise ValueError(
+            f"{name}: interval is {interval} with method={method!r}; expected (low, high), 0 <= low < high in "
+            "sigma/alpha, with method='multistep'"
+        )
     midpoint = FORMS[form] == "midpoint"
 
     def rule(m: np.ndarray, H: float) -> np.ndarray:
@@ -219,7 +232,8 @@ def _dpm(
     def sampler(g: Grid, x: Value, model: Model, noise: Noise) -> Value:
         if method == "multistep":
             cap = lambda i: _final_cap(g, i, lower_order_final)
-            return adams(g, x, model, noise, order, 0, kind, lambda i: eta, rule, cap)
+            inside = lambda i: interval is None or interval[0] <= g.rho(i) <= interval[1]
+            return adams(g, x, model, noise, order, 0, kind, lambda i: eta if inside(i) else 0.0, rule, cap)
         sizes = groups(g, order, method == "fast")
         return singlestep(g, x, model, noise, sizes, kind, eta, rule, two_points=midpoint)
 
@@ -264,6 +278,7 @@ def dpm_solver_pp(
     lower_order_final: bool = False,
     as_published: bool = False,
     method: str = "multistep",
+    interval: tuple[float, float] | None = None,
 ) -> Solver:
     """DPM-Solver++ (Lu et al. 2022), orders 1 to 3: "2M", "3M", "2S", "3S"; with eta > 0 the SDE versions.
 
@@ -282,8 +297,10 @@ def dpm_solver_pp(
     method             "multistep"; "singlestep" and "fast": inner points in place of past ones, as in `dpm_solver`.
                        With eta = 1 "singlestep" of order 2 is k-diffusion's dpmpp_sde, but the noise at the inner
                        point and at the end are those of one path of the SDE (there: of Brownian motion in sigma)
+    interval           noise levels sigma/alpha (low, high) at whose steps eta acts, of "multistep"; the others are the
+                       ODE's. Noise at high levels alone, as with (0.5, inf), costs next to nothing
     """
-    sampler = _dpm("dpm_solver_pp", "x0", order, method, eta, form, lower_order_final, as_published)
+    sampler = _dpm("dpm_solver_pp", "x0", order, method, eta, form, lower_order_final, as_published, interval)
     kind = "SDE-DPM-Solver++" if eta > 0 else "DPM-Solver++"
     return Solver(
         "dpm_solver_pp",

@@ -69,6 +69,19 @@ def test_churn_is_capped_and_the_alias_is_the_papers():
     np.testing.assert_array_equal(table(paper), table(solvers.heun(40.0, 0.05, 50.0, 1.003)))
 
 
+def test_noise_in_an_interval():
+    """eta acts in the steps that start inside: nowhere is the ODE, everywhere the SDE; any interval keeps the law."""
+    t = times.logsnr(EDM, 12)
+    make = lambda **o: solvers.dpm_solver_pp(2, **o)(EDM, t).unrolled()
+    np.testing.assert_array_equal(make(eta=1.0, interval=(100.0, 200.0)), make())
+    np.testing.assert_array_equal(make(eta=1.0, interval=(0.0, 81.0)), make(eta=1.0))
+    some = make(eta=1.0, interval=(2.0, np.inf))[-2, 13:]
+    assert (some != 0).sum() == (t[:-1] >= 2.0).sum() < 12
+    assert std_error(solvers.dpm_solver_pp(2, eta=1.0, interval=(0.2, 5.0)), EDM, times.logsnr(EDM, 200)) < 5e-3
+    with pytest.raises(ValueError, match=r"interval is \(2, 1\)"):
+        solvers.dpm_solver_pp(2, eta=1.0, interval=(2, 1))
+
+
 # 2. Restart --------------------------------------------------------------------------------------------------------
 
 
