@@ -20,6 +20,7 @@ HELP = """\
   jdiff train --out runs/digits --steps 2000
   jdiff train --out runs/cifar --data cifar10.zip --net UNet-CIFAR --batch 64
   jdiff sample runs/digits --solver unipc --nfe 10
+  jdiff sample runs/digits --solver auto --nfe 8
   jdiff sample runs/digits --solver "dpm_solver_pp(order=2, eta=1.0)" --nfe 25 --guidance 1.5 --label 7
   jdiff reproduce fast-sampling
 
@@ -48,9 +49,9 @@ class SampleConfig:
       jdiff sample runs/digits --solver "deis(order=3, variable='lam')" --grid karras --nfe 8 --n 100 --label 3
     """
 
-    solver: str = "unipc"  # a name, or a name with options as in the examples; `jdiff list` shows them
+    solver: str = "unipc"  # a name, or one with options as above (see `jdiff list`), or auto: tries them on this model
     nfe: int = 20  # network evaluations that may be spent (guidance doubles the cost of each)
-    grid: str = "logsnr"  # time grid: uniform, logsnr, karras, quadratic
+    grid: str = "logsnr"  # time grid: uniform, logsnr, karras, quadratic; auto finds its own
     n: int = 64  # how many samples
     batch: int = 256  # how many at a time
     label: int | None = None  # one class for all; none: the classes in turn, where the model has classes
@@ -71,12 +72,12 @@ def sample(run: Path, config: SampleConfig) -> None:
     import jdiff
     from jdiff import checkpoint, data, guidance, solvers, times, train
 
-    solver = solvers.parse(config.solver)
+    solver = None if config.solver == "auto" else solvers.parse(config.solver)
     if config.grid not in times.ALL:
         raise ValueError(solvers.unknown("time grid", config.grid, times.ALL))
     if config.n < 1 or config.batch < 1:
         raise ValueError(f"--n and --batch must be at least 1, got n={config.n}, batch={config.batch}")
-    steps, batch = solver.steps(config.nfe), min(config.batch, config.n)
+    steps, batch = config.nfe if solver is None else solver.steps(config.nfe), min(config.batch, config.n)
     net, _, meta = checkpoint.load_params(run, config.ema)
     _check_condition(net, meta, config)
     classes = meta["net"]["num_classes"]
@@ -84,7 +85,7 @@ def sample(run: Path, config: SampleConfig) -> None:
     null = np.full(config.n, net.null_label if config.guidance != 1.0 else 0)
     model, images = train.denoiser_from(run, config.ema), []
     p, keys = model.process, jax.random.split(jax.random.key(config.seed))
-    table = solver(p, times.ALL[config.grid](p, steps))
+    table = None if solver is None else solver(p, times.ALL[config.grid](p, steps))
     for start in track(range(0, config.n, batch), "sampling"):
         index = jnp.arange(start, start + batch)  # the last batch is full too, and cut afterwards
         rows = np.minimum(np.asarray(index), config.n - 1)
@@ -93,13 +94,26 @@ def sample(run: Path, config: SampleConfig) -> None:
         if config.guidance != 1.0:
             denoiser = guidance.cfg(denoiser, model.with_cond(cond(null)), config.guidance)
         x = p.prior(keys[0], (batch, net.image_size, net.image_size, net.channels), index)
+        if table is None:  # on other noise than the samples', under the first batch's labels
+            print(f"choosing a solver and a grid for {config.nfe} network evaluations", flush=True)
+            table, report = solvers.auto(denoiser, config.nfe, *_calibration(p, x, config.seed))
+            print(report)
         images.append(np.asarray(jdiff.sample(denoiser, table, x, keys[1], index=index, check=config.check)))
     x = np.concatenate(images)[: config.n]
     config.out.parent.mkdir(parents=True, exist_ok=True)
     np.savez(config.out.with_suffix(".npz"), images=x, labels=labels if classes else np.zeros(0, int))
     grid = data.save_grid(np.clip(x[:100], -1, 1), config.out.with_suffix(".png"), columns=10)
+    assert table is not None  # n >= 1
     spent = f"{table.nfe} network evaluations each ({table.record.name})"
     print(f"{config.n} samples, {spent}: {grid}, {grid.with_suffix('.npz')}")
+
+
+def _calibration(p: Any, x: Any, seed: int) -> tuple[Any, Any]:
+    """Noise of the samples' shape, and a key, for `solvers.auto`."""
+    import jax
+
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), 1))
+    return p.prior(keys[0], x.shape), keys[1]
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from typing import Any
 from jdiff.trace import Solver
 
 from .adams import deis, pndm
+from .auto import auto
 from .classic import ddim, ddpm, edm_stochastic, euler, heun
 from .compensated import dc_solver
 from .empirical import dpm_solver_v3
@@ -84,8 +85,8 @@ def parse(text: str) -> Solver:
 
 
 __all__ = [
-    "ALL", "Solver", "bdia", "dc_solver", "ddim", "ddim_inversion", "ddpm", "deis", "dpm_solver", "dpm_solver_pp",
-    "dpm_solver_v3", "edict", "edm_stochastic", "euler", "euler_maruyama", "get", "ghvb", "heavy_ball", "heun",
-    "load", "mrs", "parse", "pndm", "predictor_corrector", "restart", "reverse_diffusion", "sa_solver", "unipc",
-    "unknown",
+    "ALL", "Solver", "auto", "bdia", "dc_solver", "ddim", "ddim_inversion", "ddpm", "deis", "dpm_solver",
+    "dpm_solver_pp", "dpm_solver_v3", "edict", "edm_stochastic", "euler", "euler_maruyama", "get", "ghvb",
+    "heavy_ball", "heun", "load", "mrs", "parse", "pndm", "predictor_corrector", "restart", "reverse_diffusion",
+    "sa_solver", "unipc", "unknown",
 ]  # fmt: skip

@@ -1,6 +1,7 @@
 """The command line and reproduction: what a new user types, and what they get wrong."""
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -68,6 +69,16 @@ def test_sample_writes_pictures_that_do_not_depend_on_the_batch(trained, tmp_pat
     assert cli.main([*args, *guided, "--out", str(tmp_path / "c")]) == 0
     assert (np.load(tmp_path / "c.npz")["labels"] == 7).all()
     assert "3 network evaluations each (dpm_solver_pp)" in " ".join(capsys.readouterr().out.split())
+
+
+def test_sample_chooses_a_solver_by_itself(trained, tmp_path, capsys, monkeypatch):
+    quick = {"candidates": ("ddim", "unipc(order=2)"), "batches": 1, "tune": 0, "steps": 16}
+    monkeypatch.setattr(solvers, "auto", functools.partial(solvers.auto, **quick))
+    args = ["sample", str(trained), "--solver", "auto", "--nfe", "3", "--n", "4", "--out", str(tmp_path / "a")]
+    assert cli.main(args) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "NFE 3:" in shown and "error on held-out noise" in shown and "3 network evaluations each" in shown
+    assert np.isfinite(np.load(tmp_path / "a.npz")["images"]).all()
 
 
 def test_what_users_get_wrong(trained, tmp_path, capsys):

@@ -1,0 +1,122 @@
+"""The automatic choice of solver and grid, against exact flows that it does not see."""
+
+import importlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jdiff
+from jdiff import exact, process, solvers
+from jdiff.experiments import _models
+
+auto = importlib.import_module("jdiff.solvers.auto")  # the module; the name `solvers.auto` is its function
+FEW = ("ddim", "unipc(order=2)", "deis(order=3, variable='lam')")
+GAUSSIAN = exact.gaussian([0.3, -0.2, 0.1], [0.02**2, 0.2**2, 2.0**2])
+MIXTURE = exact.mixture([0.3, 0.3, 0.4], [[1.0, 0.0], [-1.0, 0.5], [0.0, -1.0]], [0.05**2, 0.1**2, 0.2**2])
+
+
+def choose(model, p, nfe, **options):
+    x = jnp.asarray(p.prior_std * np.random.default_rng(1).normal(size=(64, model.means.shape[1])))
+    options = {"candidates": FEW, "batches": 2, "steps": 128} | options
+    return auto.auto(model.denoiser(p), nfe, x, jax.random.key(2), **options)
+
+
+def true_errors(model, p):
+    """On noise of its own, against the closed form or SciPy's DOP853."""
+    x = jnp.asarray(p.prior_std * np.random.default_rng(3).normal(size=(256, model.means.shape[1])))
+    target = _models.flow(model, p, x)
+    return lambda table: np.array(list(_models.errors(model.denoiser(p), table.pad(4, 0), x, target).values()))
+
+
+@pytest.mark.parametrize(("model", "p"), [(GAUSSIAN, process.edm()), (MIXTURE, process.flow())])
+def test_the_choice_is_as_good_as_every_candidate_on_other_noise(model, p, monkeypatch):
+    error = true_errors(model, p)
+    score = lambda table: np.prod(error(table)) ** 0.5  # of rms and median
+    untuned, _ = choose(model, p, 6, tune=0)
+    tuned, report = choose(model, p, 6, tune=2)
+    each = [score(table) for table, _ in auto.tables(p, FEW, 6).values()]
+    assert len(each) > 25
+    assert score(untuned) <= 1.1 * min(each)
+    assert score(tuned) <= 1.02 * score(untuned) and report.grid.endswith("tuned")
+    np.testing.assert_allclose(error(tuned), report.held_out, rtol=0.35)  # what it says of itself is so
+    right = auto._score
+    monkeypatch.setattr(auto, "_score", lambda each: -right(each))  # a choice by the wrong sign is found out
+    worst, _ = choose(model, p, 6, tune=0)
+    assert score(worst) > 1.1 * min(each)
+
+
+def test_the_reference_converges_to_the_true_flow_and_knows_its_error():
+    for p in (process.edm(), process.flow()):
+        x = jnp.asarray(p.prior_std * np.random.default_rng(4).normal(size=(64, 3)))
+        target, found, gap = GAUSSIAN.flow(p, x, p.t_max, 0.0), [], []
+        for n in (64, 128):
+            full, (rms, _), spent = auto._reference(GAUSSIAN.denoiser(p), [x], n)
+            found.append(float(jnp.sqrt(jnp.mean((full[0] - target) ** 2))))
+            gap.append(rms)
+            assert spent == n + n // 2
+        assert found[1] < found[0] / 7 and all(f < 0.3 * g for f, g in zip(found, gap, strict=True))
+        t = auto._fine(p, 64)
+        assert t[0] == p.t_max and t[-1] == 0 and t[-2] >= p.t_min * (1 - 1e-9) and (np.diff(t) < 0).all()
+
+
+def test_idle_rows_change_nothing():
+    p = process.vp_linear()
+    table = solvers.heun()(p, jdiff.times.logsnr(p, 3))
+    x = jnp.asarray(np.random.default_rng(5).normal(size=(4, 3)))
+    padded = auto._idle(table, 8, 4)
+    assert padded.nfe == 8 and table.nfe == 5
+    plain, idle = (jdiff.sample(GAUSSIAN.denoiser(p), T, x) for T in (table, padded))
+    np.testing.assert_allclose(plain, idle, rtol=1e-12)
+
+
+def test_one_program_for_all_candidates_and_the_same_choice_twice():
+    p, traced = process.edm(), []
+
+    def count(candidates):
+        traced.clear()
+
+        def network(x, t):  # another function each time, so that nothing is left from before
+            traced.append(x.shape)
+            return x / (1.0 + t * t)
+
+        x = jax.random.normal(jax.random.key(0), (8, 2)) * 80.0
+        run = lambda: auto.auto(
+            jdiff.denoiser(network, p, "x0"), 5, x, jax.random.key(1), candidates=candidates, batches=1, steps=32
+        )
+        return run(), len(traced), run
+
+    _, few, _ = count(("unipc(order=3)",))
+    (table, report), many, again = count((*FEW, "unipc(order=3)"))
+    assert few == many and len(report.trials) >= 12
+    table_again, _ = again()
+    assert len(traced) == many
+    for a, b in zip(jax.tree.leaves(table), jax.tree.leaves(table_again), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert "NFE 5" in str(report) and report.evaluations > 500 and report.batch == 8
+
+
+def test_heun_spends_at_most_what_is_given_and_samples_may_be_trees():
+    p = process.flow()
+    network = jdiff.denoiser(lambda x, t: jax.tree.map(lambda v: v / (1.0 + t), x), p, "x0")
+    x = {"a": jnp.ones((4, 2)), "b": jnp.full((4, 1), 0.5)}
+    table, report = auto.auto(network, 6, x, jax.random.key(0), candidates=("heun",), batches=1, steps=32)
+    assert table.nfe == 5 and report.solver == "heun"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"nfe": 0}, "NFE is 0"),
+        ({"key": None}, "pass key="),
+        ({"x": jnp.zeros((0, 3))}, "no batch"),
+        ({"batches": 0}, "batches is 0"),
+        ({"candidates": ("ddpm",)}, "ddpm draws noise"),
+        ({"candidates": ()}, "no candidate"),
+    ],
+)
+def test_errors(change, message):
+    given = {"nfe": 5, "x": jnp.zeros((4, 3)), "key": jax.random.key(0)} | change
+    with pytest.raises(ValueError, match=message):
+        auto.auto(GAUSSIAN.denoiser(process.edm()), **given)
