@@ -241,7 +241,7 @@ def _reference(
 
 @functools.lru_cache(maxsize=16)
 def _fine_table(p: Process, n: int) -> Tableau:
-    from .exponential import deis
+    from .adams import deis
 
     return deis(3, "rho")(p, _fine(p, n))
 
