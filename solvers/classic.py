@@ -4,6 +4,7 @@ Notation, here and in the other files: step i goes from (a0, s0) = (alpha, sigma
 rho = sigma / alpha; D is the x0 prediction; h is the step in half log-SNR.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -40,7 +41,14 @@ def euler(variable: str = "sigma") -> Solver:
                 x = x + (g.t[i + 1] - g.t[i]) * _slope(g, "t", x, g.t[i], D)
         return x
 
-    return Solver("euler", sampler, 1, ("Karras et al. 2022 (EDM), eq. 4; Song et al. 2021, eq. 13",))
+    return Solver(
+        "euler",
+        sampler,
+        1,
+        ("Karras et al. 2022 (EDM), eq. 4; Song et al. 2021, eq. 13",),
+        prediction="eps" if variable == "sigma" else "velocity",
+        when="the baseline; one-step and distilled models",
+    )
 
 
 def _move(p: Process, variable: str, t0: Any, t: Any) -> tuple[Any, Any]:
@@ -124,7 +132,8 @@ def heun(
 
 def edm_stochastic() -> Solver:
     """EDM's stochastic sampler at its ImageNet-64 settings: 256 steps (511 NFE), `times.karras`, on `edm`."""
-    return heun(churn=40.0, s_min=0.05, s_max=50.0, s_noise=1.003)
+    when = "trained networks at hundreds of evaluations, where noise mends the network's own errors"
+    return replace(heun(churn=40.0, s_min=0.05, s_max=50.0, s_noise=1.003), name="edm_stochastic", when=when)
 
 
 def ddim(eta: float = 0.0) -> Solver:
@@ -146,7 +155,15 @@ def ddim(eta: float = 0.0) -> Solver:
                 x = x + c * noise()
         return x
 
-    return Solver("ddim", sampler, 1, ("Song, Meng and Ermon 2021 (DDIM), eq. 12 and 16",), stochastic=eta > 0)
+    return Solver(
+        "ddim",
+        sampler,
+        1,
+        ("Song, Meng and Ermon 2021 (DDIM), eq. 12 and 16",),
+        stochastic=eta > 0,
+        prediction="eps",
+        when="the baseline, and the calm choice under very strong guidance at few steps",
+    )
 
 
 def ddpm(variance: str = "posterior") -> Solver:
@@ -167,4 +184,11 @@ def ddpm(variance: str = "posterior") -> Solver:
                 x = x + (s1 if variance == "posterior" else s0) * np.sqrt(-np.expm1(-2.0 * h)) * noise()
         return x
 
-    return Solver("ddpm", sampler, 1, ("Ho, Jain and Abbeel 2020 (DDPM), eq. 6 and 7",), stochastic=True)
+    return Solver(
+        "ddpm",
+        sampler,
+        1,
+        ("Ho, Jain and Abbeel 2020 (DDPM), eq. 6 and 7",),
+        stochastic=True,
+        when="hundreds of evaluations, and steering, which needs its transition densities",
+    )

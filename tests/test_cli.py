@@ -56,6 +56,18 @@ def test_list_names_everything(capsys):
         assert name in shown
 
 
+def test_list_solvers_says_when_to_use_each(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")
+    assert cli.main(["list", "solvers"]) == 0
+    shown = capsys.readouterr().out
+    for name, make in solvers.ALL.items():
+        s = make()
+        assert s.name == name and 10 < len(s.when) <= 95 and s.references and s.prediction
+        assert any(name in line and s.when in line and s.references[0] in line for line in shown.splitlines()), name
+    assert cli.main(["list", "sovers"]) == 2
+    assert "did you mean solvers" in capsys.readouterr().err
+
+
 def test_sample_writes_pictures_that_do_not_depend_on_the_batch(trained, tmp_path, capsys):
     args = ["sample", str(trained), "--solver", "ddpm", "--nfe", "3", "--n", "5"]
     for name, batch in (("a", 5), ("b", 2)):
