@@ -17,7 +17,7 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -143,11 +143,23 @@ def _digits_models(kind: str, n: int) -> tuple[np.ndarray, list[tuple[jdiff.Deno
     return metrics.embed(metrics.digit_features(), data.load("digits", split="test")), models
 
 
+class Problem(Protocol):
+    """`Exact`, `Law`, `Digits`, or an experiment's own: hashable, with the ends of its time grids and a `prepare`."""
+
+    @property
+    def process(self) -> Process: ...
+    @property
+    def start(self) -> float | None: ...
+    @property
+    def end(self) -> float: ...
+    def prepare(self, settings: Any) -> Measure: ...
+
+
 class Run(NamedTuple):
     """A row: a solver (as text, or itself) on a problem, with a grid of `jdiff.times` (or a function like those)."""
 
     solver: str | Solver
-    problem: Exact | Law | Digits
+    problem: Problem
     grid: str | Callable[..., np.ndarray] = "logsnr"
 
 
