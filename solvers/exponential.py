@@ -3,7 +3,7 @@
 All of them integrate the linear part of an ODE or SDE exactly, and a polynomial in lam through outputs F:
 
     x1 = (s1/s0) e^(-eta h) x + a1 int_0^H e^(u-H) F du + noise,   H = (1 + eta) h     F = D, data prediction
-    x1 = (a1/a0) x            - s1 int_0^h e^(h-u) F du                                F = eps, noise prediction
+    x1 = (a1/a0) x - (1 + eta) s1 int_0^h e^(h-u) F du + noise                         F = eps, noise prediction
 
 Solvers differ in where the outputs stand: at past points (multistep, `adams`), at the new point too (the correctors of
 multistep.py), or at points inside the step (`singlestep`). Both forms take their points from the grid, so
@@ -70,7 +70,9 @@ def step(
         keep, hold = (s1 / s0, a1 - a0 * s1 / s0) if kind == "x0" else (a1 / a0, s1 - s0 * a1 / a0)
         return keep * x + hold * points[0][1]
     H = (1.0 + eta) * h if kind == "x0" else -h
-    keep, scale = ((s1 / s0) * np.exp(-eta * h) if eta else s1 / s0, a1) if kind == "x0" else (a1 / a0, s1)
+    keep, scale = (s1 / s0) * (np.exp(-eta * h) if eta else 1.0), a1
+    if kind == "eps":
+        keep, scale = a1 / a0, (1.0 + eta) * s1
     r = np.array([0.0 if k == i else 1.0 if k == j else (g.lam[k] - g.lam[i]) / h for k, _ in points])
     k = np.arange(len(r))
     factorial = np.cumprod(np.maximum(k, 1))
@@ -81,9 +83,15 @@ def step(
     return y
 
 
-def noise_std(g: Grid, i: int, j: int, eta: float) -> float:
-    """Standard deviation of the noise that the reverse SDE adds from grid point i to j; none into sigma = 0."""
-    return g.s[j] * np.sqrt(-np.expm1(-2.0 * eta * (g.lam[j] - g.lam[i]))) if eta > 0 and g.s[j] > 0 else 0.0
+def noise_std(g: Grid, i: int, j: int, eta: float, kind: str = "x0") -> float:
+    """Standard deviation of the noise that the reverse SDE adds from grid point i to j; none into sigma = 0.
+
+    kind: which part of the drift `step` integrates exactly, and so how much of the noise decays on the way.
+    """
+    if eta == 0 or g.s[j] == 0:
+        return 0.0
+    h = g.lam[j] - g.lam[i]
+    return g.s[j] * np.sqrt(eta * np.expm1(2.0 * h) if kind == "eps" else -np.expm1(-2.0 * eta * h))
 
 
 def adams(
@@ -119,7 +127,7 @@ def adams(
         points, this = usable(i, past), at(i)
         x = y if g.s[i + 1] == 0 else x  # the sample is D, of the point that was evaluated
         y = step(g, i, i + 1, x, points[: order(i)], this, eta(i), rule)
-        std = noise_std(g, i, i + 1, eta(i))
+        std = noise_std(g, i, i + 1, eta(i), this)
         z = std * noise() if std > 0 else 0.0
         y = y + z
         if i == g.n - 1:
@@ -175,7 +183,7 @@ def singlestep(
             last = j == i + p
             used = [points[0], points[-1]] if last and two_points and p > 1 else points
             y = step(g, i, j, x, used, this, eta, exact if two_points and p > 2 else rule)
-            if (std := noise_std(g, j - 1, j, eta)) > 0:
+            if (std := noise_std(g, j - 1, j, eta, kind)) > 0:
                 kept = (g.s[j] / g.s[j - 1]) * np.exp(-eta * g.h(j - 1))
                 path = std * noise() + (kept * path if j > i + 1 else 0.0)
             y = y + path

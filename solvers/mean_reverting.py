@@ -1,11 +1,8 @@
 """MRS: exponential integrators for mean-reverting diffusion, on the shifted state of `jdiff.anchored`."""
 
-import numpy as np
-
 from jdiff.trace import Grid, Model, Noise, Solver, Value
 
-from .exponential import _check_order
-from .weights import moments
+from .exponential import _check_order, _final_cap, adams
 
 
 def mrs(
@@ -42,45 +39,15 @@ def mrs(
             "is converted to it)"
         )
     eta = 1.0 if kind == "sde" else 0.0
-
-    def order_of(g: Grid, i: int) -> int:
-        highest = order
-        if as_published and g.n < 10 and order - 1 <= i < g.n - 1:
-            highest = min(order, g.n - 1 - i)
-        elif lower_order_final and not as_published:
-            highest = min(order, g.n - i)
-        return min(highest, i + 1)
+    rule = lambda m, H: m * [1.0, 1.0, 0.5] if as_published and len(m) == 3 else m
 
     def sampler(g: Grid, x: Value, model: Model, noise: Noise) -> Value:
-        past: list[Value] = []
-        for i in range(g.n):
-            a0, s0, a1, s1, h = g.a[i], g.s[i], g.a[i + 1], g.s[i + 1], g.h(i)
-            if s1 == 0:
-                return a1 * model(x, g.t[i], label="order 1")
-            p = order_of(g, i)
-            held = "x0" if a0 == 0 else prediction  # eps out of alpha = 0 would have an infinite weight
-            q = model(x, g.t[i], kind=held, label=f"order {p}")
-            past = [q, *past[: order - 1]]
-            terms = [q]
-            if p == 2:
-                terms = [q, (past[0] - past[1]) / (g.h(i - 1) / h)]
-            if p == 3:
-                r0, r1 = g.h(i - 1) / h, g.h(i - 2) / h
-                near, far = (past[0] - past[1]) / r0, (past[1] - past[2]) / r1
-                bend = (near - far) / (r0 + r1)
-                terms = [q, near + r0 * bend, (1.0 if as_published else 2.0) * bend]
-            if held == "x0":
-                kept, weights = (s1 / s0) * (np.exp(-h) if eta else 1.0), a1 * moments((1.0 + eta) * h, 3)
-                spread = s1 * np.sqrt(-np.expm1(-2.0 * h))
-            else:
-                kept, weights = a1 / a0, (1.0 + eta) * s1 * moments(-h, 3)  # p_k(h) = -m_(k-1)(-h)
-                spread = s1 * np.sqrt(np.expm1(2.0 * h))
-            x = kept * x
-            for w, term in zip(weights, terms, strict=False):
-                x = x + w * term
-            if eta:
-                x = x + spread * noise()
-        return x
+        def cap(i: int) -> int:
+            if as_published and g.n < 10 and order - 1 <= i < g.n - 1:
+                return g.n - 1 - i
+            return _final_cap(g, i, lower_order_final and not as_published)
+
+        return adams(g, x, model, noise, order, 0, prediction, lambda i: eta, rule, cap)
 
     return Solver(
         "mrs",
