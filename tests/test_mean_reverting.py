@@ -6,12 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 import test_process
 import test_solvers
 from test_trace import run_rows
 
 import jdiff
 from jdiff import anchored, exact, process, solvers, times
+from jdiff.experiments import _restoration
 
 BETAS = np.linspace(1e-4, 2e-2, 1000)
 PROCESSES = {
@@ -225,6 +227,29 @@ def test_shift_and_prior():
     net = lambda w, x, t, y: w * x + y
     D = A.denoiser(net, "x0", y[:2], params=weights)
     np.testing.assert_allclose(D(x[:2], 0.5), 0.25 * A.unshift(x[:2], y[:2], 0.5) + 3.0, rtol=1e-6)
+
+
+def test_the_experiments_exact_network():
+    """E[x0 | x_t, y] of each class by conditioning on both views at once, in NumPy; weights by the joint density."""
+    p, t = process.mean_reverting("cosine", 0.5), 0.4
+    a, s, (images, labels) = p.alpha(t), p.sigma(t), _restoration.digits("train")
+    y, rng = _restoration.view(images[:3], 0), np.random.default_rng(1)
+    x = a * images[:3] + (1 - a) * y + s * rng.normal(size=(3, 64))
+    seen = np.concatenate([y @ _restoration.POOL.T, x - (1 - a) * y], 1)
+    H = np.concatenate([_restoration.POOL, a * np.eye(64)])
+    R = np.diag([_restoration.NOISE**2] * 16 + [s**2] * 64)
+    means, log_w = [], []
+    for k in range(10):
+        mine = images[labels == k]
+        m, C = mine.mean(0), np.cov(mine.T) + 0.03 * np.eye(64)
+        V = H @ C @ H.T + R
+        means.append(m + (seen - m @ H.T) @ np.linalg.solve(V, H @ C))
+        log_w.append(scipy.stats.multivariate_normal(m @ H.T, V).logpdf(seen))
+    w = np.exp(np.array(log_w) - np.max(log_w, 0))
+    want = np.einsum("kn,kni->ni", w / w.sum(0), np.array(means))
+    arrays = {k: jnp.asarray(v) for k, v in _restoration.posterior().items()}
+    got = _restoration.network(p, arrays, jnp.asarray(x), jnp.asarray(t), jnp.asarray(y))
+    np.testing.assert_allclose(got, want, atol=1e-8)
 
 
 # Zero terminal SNR ------------------------------------------------------------------------------------------------
