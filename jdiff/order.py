@@ -112,30 +112,35 @@ def uneven(process: Process, n: int, levels: int = 10) -> np.ndarray:
     return times.graded(process.t_of_lam(lam), levels)
 
 
-def measured_orders(solver: Builder, process: Process, n: int = 20, nodes: int = 4) -> dict[str, float]:
+def measured_orders(
+    solver: Builder, process: Process, n: int = 20, nodes: int = 4, grid: Callable[[Process, int], Any] = uneven
+) -> dict[str, float]:
     """The order in each condition, inf where it holds to rounding.
 
     The slopes from n to 2n steps and from 2n to 4n, extrapolated to steps of no size; the finest slope alone where the
     two differ much or the residual comes near rounding.
     """
-    return {name: order for name, (order, _) in _study(solver, process, n, nodes).items()}
+    return {name: order for name, (order, _) in _study(solver, process, n, nodes, grid).items()}
 
 
-def measured_order(solver: Builder, process: Process, n: int = 20, nodes: int = 4) -> float:
+def measured_order(
+    solver: Builder, process: Process, n: int = 20, nodes: int = 4, grid: Callable[[Process, int], Any] = uneven
+) -> float:
     """The order of `solver`: the least over the conditions, a whole number but for about 0.1.
 
     Of the conditions whose finest residual is within a factor of 10 of the largest: one that fails is, at 4n steps, far
     above those that hold, and far below lie those where two terms nearly cancel, whose slopes say nothing yet.
-    `nodes` bounds what can be told: with 4, an order above 4 is that of the trees of up to 4 nodes.
+    `nodes` bounds what can be told: with 4, an order above 4 is that of the trees of up to 4 nodes. `grid(process, n)`
+    is another refinement, for methods whose weights are those of equal steps; every solver wants `uneven` else.
     """
-    found = _study(solver, process, n, nodes).values()
+    found = _study(solver, process, n, nodes, grid).values()
     largest = max(residual for _, residual in found)
     return min(order for order, residual in found if residual >= 0.1 * largest)
 
 
-def _study(solver: Builder, process: Process, n: int, nodes: int) -> dict[str, tuple[float, float]]:
+def _study(solver: Builder, process: Process, n: int, nodes: int, grid: Any) -> dict[str, tuple[float, float]]:
     """Of each condition (order, residual at 4n steps)."""
-    grids = [uneven(process, m) for m in (n, 2 * n, 4 * n)]
+    grids = [grid(process, m) for m in (n, 2 * n, 4 * n)]
     found = [conditions(solver(process, t), t, nodes) for t in grids]
 
     def order(name: str) -> float:

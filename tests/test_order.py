@@ -3,7 +3,7 @@
 A contributor adds a solver to `solvers.ALL`, with its true order, and has nothing to do here. `Solver.order` is the
 order on grids that are refined, end above sigma = 0 and start graded; a solver that gives it up on purpose has an
 option that keeps it: `lower_order_final=False` is passed wherever it exists. What cannot keep its order at all goes
-into NO_ORDER, with the reason.
+into NO_ORDER, with the reason; if it keeps it on grids of one kind, such as equal steps, that is tested further down.
 """
 
 import functools
@@ -38,11 +38,45 @@ def keeping(make):
 SOLVERS = {**VARIANTS, **{name: keeping(make) for name, make in solvers.ALL.items()}}
 
 
+def reaches(solver, grid=order.uneven, ns=(12, 32)):
+    """Some come near their limit late: the first refinement that shows the order will do."""
+    return any(order.measured_order(solver, VP, n, grid=grid) >= solver.order - 0.1 for n in ns)
+
+
 @pytest.mark.parametrize("name", [name for name in SOLVERS if name not in NO_ORDER])
 def test_every_solver_has_its_order(name):
-    solver = SOLVERS[name]
-    found = next(r for n in (12, 32) if (r := order.measured_order(solver, VP, n)) >= solver.order - 0.1 or n == 32)
-    assert found >= solver.order - 0.1  # a few come near their limit late
+    assert reaches(SOLVERS[name])
+
+
+def even(of, back, threes=None):
+    """Even steps in of(lam); with `threes`, 3 n + threes of them."""
+
+    def grid(p, n):
+        n = n if threes is None else 3 * n + threes
+        return p.t_of_lam(back(np.linspace(*of(np.array(order.RANGE)), n + 1)))
+
+    return grid
+
+
+SAME = lambda lam: lam
+IN_T, IN_RHO = even(VP.t_of_lam, VP.lam), even(lambda lam: np.exp(-lam), lambda rho: -np.log(rho))
+
+
+@pytest.mark.parametrize(
+    ("name", "grid"),
+    [
+        ("dpm_solver", even(SAME, SAME, 2)),
+        ("dpm_solver_pp_3s", even(SAME, SAME, 0)),
+        ("unipc_singlestep", even(SAME, SAME, 0)),
+        ("pndm", IN_T),
+        ("pndm_s", IN_T),
+        ("pndm_ramp", IN_T),
+        ("deis_ipndm", IN_T),
+        ("heavy_ball", IN_RHO),
+    ],
+)
+def test_order_on_the_grids_that_a_method_is_made_for(name, grid):
+    assert reaches(SOLVERS[name], grid, ns=(8, 32, 64))
 
 
 @pytest.mark.parametrize(
