@@ -7,8 +7,8 @@ import numpy as np
 
 from jdiff.trace import Grid, Model, Noise, Solver, Value
 
-from .exponential import _check_order, _final_cap
-from .weights import lagrange, moments
+from .exponential import _check_choice, _check_order, _final_cap, half, half_step, step
+from .weights import lagrange
 
 
 def dc_solver(
@@ -35,10 +35,8 @@ def dc_solver(
     compensates and is UniPC-2. Here, as in the official diffusers port, the outputs that are needed are kept.
     """
     _check_order("dc_solver", order, 3)
-    if dc_order not in (1, 2):
-        raise ValueError(f"dc_solver: dc_order is {dc_order!r}; expected 1 or 2")
-    if variant not in ("bh1", "bh2"):
-        raise ValueError(f"dc_solver: variant is {variant!r}; expected 'bh1' or 'bh2'")
+    _check_choice("dc_solver", "dc_order", dc_order, (1, 2))
+    _check_choice("dc_solver", "variant", variant, ("bh1", "bh2"))
     if ratios is not None and not np.isfinite(np.asarray(ratios, np.float64)).all():
         raise ValueError(f"dc_solver: ratios are {tuple(ratios)}; expected finite numbers, one a step")
 
@@ -71,6 +69,7 @@ def run(
     stop: int | None = None,
 ) -> Value:
     """The sampler; `stop`: return after step `stop` and its corrector, that step's output interpolated even at 1."""
+    rule = half if variant == "bh2" else half_step
     known: list[tuple[int, Value]] = [(0, model(x, g.t[0]))]  # newest first
     for i in range(g.n):
         if ratios[i] != 1 or i == stop:
@@ -84,27 +83,12 @@ def run(
             return g.a[i + 1] * known[0][1]
         usable = [(j, D) for j, D in known if j == i or np.isfinite(g.lam[j])]
         p = min(order, len(usable), _final_cap(g, i, lower_order_final))
-        predicted = _step(g, i, x, usable[:p], variant)
+        predicted = step(g, i, i + 1, x, usable[:p], rule=rule)
         if i == g.n - 1:
             return predicted
         new = (i + 1, model(predicted, g.t[i + 1], label=f"after order {p}"))
-        x = _step(g, i, x, [*usable[:p], new], variant)
+        x = step(g, i, i + 1, x, [new, *usable[:p]], rule=rule)
         if i == stop:
             return x
         known = [new, *known][: max(order, dc_order + 1)]
     return x
-
-
-def _step(g: Grid, i: int, x: Value, points: list[tuple[int, Value]], variant: str) -> Value:
-    """UniPC's step i through outputs at `points`, the first of them point i (see `unipc`)."""
-    h = g.h(i)
-    m = moments(h, len(points))
-    if len(points) == 2:
-        m[1] = h / 2 if variant == "bh1" and np.isfinite(h) else m[0] / 2
-    r = np.array([0.0 if j == i else 1.0 if j == i + 1 else (g.lam[j] - g.lam[i]) / h for j, _ in points])
-    k = np.arange(len(r))
-    w = np.linalg.solve(r[None, :] ** k[:, None], np.cumprod(np.maximum(k, 1)) * m)
-    y = (g.s[i + 1] / g.s[i]) * x
-    for weight, (_, D) in zip(w, points, strict=True):
-        y = y + (g.a[i + 1] * weight) * D
-    return y
