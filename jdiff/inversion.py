@@ -123,6 +123,8 @@ def reverse(tableau: Tableau, tolerance: float = 1e-9) -> Inverse:
         raise ValueError(
             f"{name} is an argument of jit, grad or vmap here; it is read backwards on the host: close over it"
         )
+    if np.ndim(tableau.A) > 3 or tableau.E is not None:
+        raise ValueError(f"{name} cannot be read backwards: it has coefficients an element, or constants")
     if tableau.stochastic or tableau.record.outputs > 1 or np.ndim(tableau.t) > 1:
         raise ValueError(f"{name} cannot be read backwards: it draws noise, has several outputs, or a time an element")
     found = []

@@ -20,7 +20,8 @@ def save(path: str | os.PathLike, tableau: Tableau, meta: Mapping[str, Any] | No
     from safetensors.numpy import save_file
 
     record = dataclasses.asdict(tableau.record) | {"process": _process_to(tableau.record.process)}
-    arrays = {name: np.array(getattr(tableau, name), np.float64, order="C") for name in ARRAYS}
+    named = (*ARRAYS, "E") if tableau.E is not None else ARRAYS
+    arrays = {name: np.array(getattr(tableau, name), np.float64, order="C") for name in named}
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}")
     about = {"jdiff": "tableau", "record": json.dumps(record), "meta": json.dumps(dict(meta or {}))}

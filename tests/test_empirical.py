@@ -14,6 +14,8 @@ from test_solvers import slope, zigzag
 from test_trace import run_directly, run_rows
 
 import jdiff
+import jdiff.fit
+import jdiff.inversion
 from jdiff import exact, process, solvers, statistics, times
 from jdiff.statistics import Statistics, constant
 from jdiff.trace import constant as trace_constant
@@ -252,9 +254,23 @@ def test_statistics_are_saved_and_read(tmp_path):
         v3(table)(PROCESSES["vp"], t),
     )
     np.testing.assert_array_equal(a.E, b.E)
+    jdiff.fit.save(tmp_path / "solver.safetensors", a)
+    kept = solvers.load(tmp_path / "solver.safetensors")
+    for name in ("A", "B", "E"):
+        np.testing.assert_array_equal(getattr(kept, name), getattr(a, name))
     (tmp_path / "bad").write_text("no")
     with pytest.raises(ValueError, match="not a file of statistics"):
         Statistics.load(tmp_path / "bad")
+
+
+def test_what_cannot_hold_constants_says_so():
+    p, lam = PROCESSES["vp"], np.linspace(-6.0, 8.0, 40)
+    T = v3(Statistics(lam, np.ones(40), np.zeros(40), np.ones(40)))(p, times.logsnr(p, 4))
+    assert T.E is not None
+    with pytest.raises(ValueError, match="cannot be read backwards: it has coefficients an element, or constants"):
+        jdiff.inversion.reverse(T)
+    with pytest.raises(ValueError, match="no constants"):
+        jdiff.fit.from_tableau(T)
 
 
 def test_mistakes_are_named():

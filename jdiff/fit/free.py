@@ -80,8 +80,8 @@ def from_tableau(T: Tableau, least: float = 1e-12) -> Params:
     that is not sigma = 0, or a point that is not at the noise level of its time.
     """
     p, t, name = T.record.process, np.asarray(T.t), T.record.name
-    if T.stochastic or np.ndim(T.t) > 1 or T.record.outputs > 1 or T.record.prediction != "x0":
-        raise ValueError(f"{name}: expected a deterministic tableau with scalar coefficients")
+    if T.stochastic or np.ndim(T.A) > 3 or T.E is not None or T.record.outputs > 1 or T.record.prediction != "x0":
+        raise ValueError(f"{name}: expected a deterministic tableau with scalar coefficients and no constants")
     if t[0] != p.t_max or (np.diff(t) >= 0).any() or t[-1] <= 0:
         raise ValueError(f"{name}: expected times that fall strictly from t_max = {p.t_max:g}, got {t}")
     U = T.unrolled()[1:]
