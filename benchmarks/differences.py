@@ -195,9 +195,106 @@ def ddpm_last_step():
     show("DDPM 'fixed large', vp 1000, uniform: worst relative excess of a standard deviation at steps", n, **rows)
 
 
+def vary_coeff():
+    n = (10, 20, 50, 100)
+    rows = {}
+    for order in (2, 3):
+        for name in ("ours", "as_published"):
+            published = name == "as_published"
+            solver = solvers.unipc(order, "vary_coeff", lower_order_final=False, as_published=published)
+            rows[f"order_{order}_{name}"] = [rms(solver, VP, times.logsnr(VP, k)) for k in n]
+        solver = solvers.unipc(order, lower_order_final=False)
+        rows[f"order_{order}_bh2"] = [rms(solver, VP, times.logsnr(VP, k)) for k in n]
+    show("UniPC vary_coeff, vp 1000, log-SNR grid: rms at steps", n, **rows)
+
+
+def equal_steps(k):
+    """The official log-SNR grid of DPM-Solver-fast: steps of order 3, 2 and 1 equally long."""
+    sizes = [3] * (k // 3 - 1) + [2, 1] if k % 3 == 0 else [3] * (k // 3) + [k % 3]
+    ends = VP.lam(times.logsnr(VP, len(sizes), end=VP.t_min))
+    lam = [np.linspace(ends[i], ends[i + 1], m + 1)[:-1] for i, m in enumerate(sizes)]
+    return np.append(VP.t_of_lam(np.concatenate(lam)), VP.t_min)
+
+
+def singlestep():
+    n = (12, 20, 30, 60)
+    even = lambda k: times.logsnr(VP, k, end=VP.t_min)
+    show(
+        "DPM-Solver-fast, vp 1000 to t_min: evaluations even in log-SNR, or the official equal steps: rms at NFE", n,
+        even=[rms(solvers.dpm_solver(), VP, even(k), False) for k in n],
+        equal_steps=[rms(solvers.dpm_solver(), VP, equal_steps(k), False) for k in n],
+        multistep_3_eps=[rms(solvers.dpm_solver(3, "multistep"), VP, even(k), False) for k in n],
+        multistep_2M_x0=[rms(solvers.dpm_solver_pp(), VP, even(k), False) for k in n],
+    )  # fmt: skip
+
+
+def published_ipndm_v(g, x, model, noise):
+    """iPNDM_v of order 3 with diff-sampler's weights, on `edm`: brackets are missing in the second difference's."""
+    past, steps = [], -np.diff(g.t)
+    for i in range(g.n):
+        past = [model(x, g.t[i], kind="eps"), *past[:2]]
+        r = steps[i] / steps[i - 1]
+        if i == 0:
+            d = past[0]
+        elif i == 1:
+            d = (1 + r / 2) * past[0] - (r / 2) * past[1]
+        else:
+            h, h1, h2 = steps[i], steps[i - 1], steps[i - 2]
+            c = (1 - h / (3 * (h + h1)) * (h * (h + h1)) / (h1 * (h1 + h2))) / 2
+            d = (1 + r / 2 + c) * past[0] - (r / 2 + (1 + h1 / h2) * c) * past[1] + (c * h1 / h2) * past[2]
+        x = x - steps[i] * d
+    return x
+
+
+def ipndm_v():
+    n = (10, 20, 40, 80)
+    grid = lambda k: times.karras(EDM, k, end=EDM.t_min)
+    published = jdiff.Solver("ipndm_v", published_ipndm_v, 3)
+    show(
+        "variable-step Adams-Bashforth of order 3 in sigma, edm, Karras to t_min: rms at steps", n,
+        ours=[rms(solvers.deis(3, "rho"), EDM, grid(k), False) for k in n],
+        as_published=[rms(published, EDM, grid(k), False) for k in n],
+        ipndm_3=[rms(solvers.deis(3, method="ipndm"), EDM, grid(k), False) for k in n],
+        ipndm_4=[rms(solvers.deis(4, method="ipndm"), EDM, grid(k), False) for k in n],
+        log_snr=[rms(solvers.deis(3, "lam"), EDM, grid(k), False) for k in n],
+    )  # fmt: skip
+
+
+def two_s_sde(correlation):
+    """SDE-DPM-Solver++(2S) on `edm` with the given correlation of the inner point's noise with the step's."""
+
+    def sampler(g, x, model, noise):
+        for i in range(0, g.n - 1, 2):
+            (s0, s1, s2), z = g.s[i : i + 3], noise()
+            D = model(x, g.t[i])
+            part = lambda a, b: b * np.sqrt(1 - (b / a) ** 2)
+            u = (s1 / s0) ** 2 * x + (1 - (s1 / s0) ** 2) * D + part(s0, s1) * z
+            D1, c = model(u, g.t[i + 1]), correlation(s0, s1, s2)
+            mean = (s2 / s0) ** 2 * x + (1 - (s2 / s0) ** 2) * D1
+            x = mean + part(s0, s2) * (c * z + np.sqrt(1 - c**2) * noise())
+        return model(x, g.t[-2])
+
+    return jdiff.Solver("2S", sampler, 2)
+
+
+def path_noise():
+    n = (11, 21, 51, 101)
+    exact_one = lambda s0, s1, s2: s2 * np.sqrt((s0**2 - s1**2) / (s0**2 - s2**2)) / s1
+    kinds = {
+        "the SDE's own": lambda s0, s1, s2: exact_one(s0, s1, s2),
+        "Brownian in sigma (k-diffusion)": lambda s0, s1, s2: np.sqrt((s0 - s1) / (s0 - s2)),
+        "independent": lambda s0, s1, s2: 0.0,
+    }
+    rows = {}
+    for name, correlation in kinds.items():
+        std = [np.sqrt(np.diag(MODEL.law(two_s_sde(correlation)(EDM, times.logsnr(EDM, k)))[1])) for k in n]
+        rows[name] = [np.max(np.abs(s / STD - 1.0)) for s in std]
+    show("SDE-DPM-Solver++(2S), edm, log-SNR grid: worst relative error of a standard deviation at NFE", n, **rows)
+
+
 PARTS = (
     third_order, lower_order, unipc_bh, sde_order_three, deis_weights, repeated_sigma, grids, rounded_times, precision,
-    prior, cosine, heun_variable, ddpm_last_step,
+    prior, cosine, heun_variable, ddpm_last_step, vary_coeff, singlestep, ipndm_v, path_noise,
 )  # fmt: skip
 
 

@@ -204,6 +204,7 @@ def trace(
         raise ValueError(f"{name}: the sampler made no network evaluation")
     points = [*tape.points, last]
     K = len(tape.points)
+    flat = functools.cache(_flatten)  # every value is looked at twice
 
     # Values that cross evaluations, and the last evaluation each must survive.
     until: dict[Linear, int] = {}
@@ -219,7 +220,7 @@ def trace(
         if node in seen:
             continue
         seen.add(node)
-        for leaf in _flatten(node):
+        for leaf in flat(node):
             if leaf.segment < node.segment and leaf is not tape.one:
                 until[leaf] = max(until.get(leaf, -1), node.segment - 1)
                 queue.append(leaf)
@@ -250,7 +251,7 @@ def trace(
             if k > 0 and node.segment < k:
                 A[r][places[k - 1][node]] = 1.0
                 continue
-            for leaf, c in _flatten(node).items():
+            for leaf, c in flat(node).items():
                 if leaf is tape.one:
                     if k == 0:
                         raise TypeError(f"{name}: a constant before the first network evaluation has no place")

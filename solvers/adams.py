@@ -40,7 +40,9 @@ def move(x: Value, F: Value, kind: str, a0: Any, s0: Any, a1: Any, s1: Any) -> V
     return (a1 / a0) * x + (s1 - a1 * s0 / a0) * F
 
 
-def deis(order: int = 3, variable: str = "t", lower_order_final: bool = False, method: str = "ab") -> Solver:
+def deis(
+    order: int = 3, variable: str = "t", lower_order_final: bool = False, method: str = "ab", as_published: bool = False
+) -> Solver:
     """DEIS (Zhang and Chen 2022, eq. 14 and 15), orders 1 to 4 (the paper's r = order - 1); order 1 is DDIM.
 
         x1 = (a1/a0) x + a1 sum_j C_j eps_j,     C_j = int_rho0^rho1 l_j drho,     l_j Lagrange on past points
@@ -54,11 +56,16 @@ def deis(order: int = 3, variable: str = "t", lower_order_final: bool = False, m
               that cancel in float32; here they are float64 and good to rounding). On `edm` "t" and "rho" are one, and
               "lam" is far better
 
+    as_published  of order 3 in "rho": the weights of iPNDM_v in diff-sampler, which lack a pair of brackets; of second
+              order, and on Karras grids often the better (docs/differences.md)
+
     The official code sums 10,000 rectangles; here the weights are exact.
     """
     _check_order("deis", order, 4)
     _check_choice("deis", "variable", variable, ("t", "rho", "lam"))
     _check_choice("deis", "method", method, ("ab", "rk", "ipndm"))
+    if as_published and (order, variable, method) != (3, "rho", "ab"):
+        raise ValueError("deis: as_published is iPNDM_v's form of order=3, variable='rho', method='ab'")
     if method == "rk" and lower_order_final:
         raise ValueError("deis: lower_order_final is for methods with past points, got method='rk'")
 
@@ -68,7 +75,12 @@ def deis(order: int = 3, variable: str = "t", lower_order_final: bool = False, m
             return (rho1 - rho0) * np.array(AB[len(points)])
         if variable == "rho":
             nodes = np.array([g.rho(j) for j in points])
-            return quadrature(lambda rho: lagrange(nodes, rho), rho0, rho1, panels=1)
+            C = quadrature(lambda rho: lagrange(nodes, rho), rho0, rho1, panels=1)
+            if as_published and len(points) == 3:
+                h, h1, h2 = rho0 - rho1, *np.diff(nodes)
+                right, found = h * (2 * h + 3 * h1) / (6 * h1 * (h1 + h2)), (1 - h**2 / (3 * h1 * (h1 + h2))) / 2
+                C = C - h * (found - right) * np.array([1.0, -1.0 - h1 / h2, h1 / h2])
+            return C
         with np.errstate(divide="ignore"):
             time = lambda rho: g.process.t_of_lam(-np.log(rho))
         return quadrature(lambda rho: lagrange(g.t[points], time(rho)), rho0, rho1)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import numpy as np
 
 _GAUSS = np.polynomial.legendre.leggauss(16)
+_SERIES = np.array([[1.0 / math.factorial(j + k + 1) for j in range(24)] for k in range(16)])
 
 
 def moments(h: float, n: int) -> np.ndarray:
@@ -15,8 +16,7 @@ def moments(h: float, n: int) -> np.ndarray:
     m_k = 1/k! - m_{k-1}/h would cancel. m_0 = 1 - e^(-h).
     """
     if abs(h) < 1.0:
-        terms = (-h) ** np.arange(24)
-        return np.array([h * sum(terms[j] / math.factorial(j + k + 1) for j in range(23, -1, -1)) for k in range(n)])
+        return h * _SERIES[:n] @ (-h) ** np.arange(24)
     m = [-np.expm1(-h)]
     for k in range(1, n):
         m.append(1.0 / math.factorial(k) - m[-1] / h)

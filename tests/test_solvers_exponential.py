@@ -43,6 +43,7 @@ OFFICIAL = {  # name -> (ours, how many of our steps each official one is)
     "deis_ipndm": (deis(4, method="ipndm"), None),
     **{f"diff_ipndm{o}": (deis(o, method="ipndm"), None) for o in (2, 3, 4)},
     "diff_ipndm_v2": (deis(2, "rho"), None),
+    "diff_ipndm_v3": (deis(3, "rho", as_published=True), None),
     "diff_dpm2": (dpm(2, "singlestep"), [2] * 5),
     "pndm_s_8": (pndm(2), None), "pndm_s_10": (pndm(2), None), "pndm_f_10": (pndm(4), None),
     **{f"sa_{m}_steps_tau{tau:g}_{p}{c}": (sa(p, c, tau, None, few_steps=m == "few"), None)
@@ -403,6 +404,7 @@ def test_costs():
         (lambda: uni(3, "bh3"), "variant is 'bh3'; expected 'bh1', 'bh2' or 'vary_coeff'"),
         (lambda: uni(prediction="v"), "prediction is 'v'; expected 'x0' or 'eps'"),
         (lambda: uni(as_published=True), "official corrector of variant='vary_coeff'"),
+        (lambda: deis(4, "rho", as_published=True), "as_published is iPNDM_v's form of order=3"),
         (lambda: deis(2, method="rk", lower_order_final=True), "methods with past points, got method='rk'"),
         (lambda: deis(2, method="pc"), "method is 'pc'; expected 'ab', 'rk' or 'ipndm'"),
         (lambda: pndm(5), "pndm: order is 5; expected 1 to 4"),
