@@ -181,6 +181,7 @@ def _plot(table: Table, cells: Mapping[tuple[str, Any], Cell], path: Path) -> No
 
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
+    import numpy as np
     from matplotlib.ticker import LogLocator, NullFormatter
 
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
@@ -195,7 +196,9 @@ def _plot(table: Table, cells: Mapping[tuple[str, Any], Cell], path: Path) -> No
     axes.set(xscale="log", yscale="log", xlabel=table.column_title, ylabel=table.metric, title=table.name)
     axes.set_xticks(table.columns, list(map(str, table.columns)))
     axes.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
-    axes.yaxis.set_major_locator(LogLocator(subs=range(1, 10), numticks=50))
+    decades = np.diff(np.log10(axes.get_ylim()))
+    subs = range(1, 10) if decades < 1.5 else (1, 2, 5) if decades < 4 else (1,)  # what fits
+    axes.yaxis.set_major_locator(LogLocator(subs=subs, numticks=50))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.grid(alpha=0.3)
