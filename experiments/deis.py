@@ -37,7 +37,7 @@ TABLE = table(
     rows=ROWS,
     nfe=(10, 20, 40, 80),
     claims=(
-        *(Claim(f"{kind or 'smooth'}, NFE {n}: tAB-3 over DDIM", lambda e, k=kind, n=n:
+        *(Claim(f"{kind.strip(': ') or 'smooth'}, NFE {n}: tAB-3 over DDIM", lambda e, k=kind, n=n:
                 e(f"{k}tAB-DEIS, r = 3", n) / e(f"{k}DDIM", n), bound)
           for kind in ("", "sharp: ") for n, bound in ((10, 0.4), (20, 0.12), (40, 0.03))),
         Claim("slope of DDIM, NFE 40 to 80", slope("DDIM"), 1.2, 0.3),
