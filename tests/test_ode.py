@@ -77,7 +77,7 @@ def test_reference_to_sigma_zero_in_single_precision():
         np.testing.assert_allclose(got, G.flow(P, x, 1.0, t), atol=1e-4)
 
 
-@pytest.mark.parametrize("p", [process.vp_linear(), P])
+@pytest.mark.parametrize("p", [process.edm(), P])  # where the scale of the state changes, and where it does not
 def test_exact_log_likelihood(p):
     x0 = M.sample(KEY, 4, jnp.float64)
     prior = lambda x: M.log_density(p, x, p.t_max)  # on flow this is the process's own prior
