@@ -95,11 +95,8 @@ def _gain(scale: float, nfe: int, how: str) -> Callable[..., float]:
     return lambda e: e(f"{scale:g}: DC, {how}", nfe) / e(f"{scale:g}: UniPC-2", nfe)
 
 
-CLAIMS = [
-    Claim(f"scale {w:g}, NFE {n}: DC, searched / UniPC-2", _gain(w, n, "searched"), 0.5)
-    for n in (5, 10)
-    for w in SCALES
-]
+CLAIMS = [Claim(f"scale {w:g}, NFE 10: DC, searched / UniPC-2", _gain(w, 10, "searched"), 0.5) for w in SCALES]
+CLAIMS += [Claim(f"scale {w:g}, NFE 5: DC, searched / UniPC-2", _gain(w, 5, "searched"), 1.0) for w in SCALES]
 CLAIMS += [Claim(f"scale {w:g}, NFE 10: DC, predicted / UniPC-2", _gain(w, 10, "predicted"), 1.0) for w in SCALES]
 
 TABLE = _claims.table(

@@ -53,7 +53,7 @@ def dc_solver(
         sampler,
         order,
         ("Zhao et al. 2024 (DC-Solver), arXiv 2409.03755, eq. 9 and algorithm 1",),
-        when="10 evaluations under strong guidance, once ratios have been searched for the model",
+        when="about 10 evaluations under strong guidance, with ratios searched for that model",
     )
 
 
