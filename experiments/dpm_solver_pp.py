@@ -61,8 +61,8 @@ TABLE = table(
     nfe=(5, 10, 20, 40, 80),
     metric="rms",
     notes=(
-        "The guided claim is the paper's for learned models of bounded pixels, with thresholding. These rows ask whether "
-        "it is one about solvers alone, on an exact model in two dimensions.",
+        "The guided claim is the paper's for learned models of bounded pixels, with thresholding. These rows ask "
+        "whether it is one about solvers alone, on an exact model in two dimensions.",
     ),
     claims=(
         Claim("unguided, NFE 10: 2M over DDIM", lambda e: e("++2M", 10) / e("DDIM", 10), 0.5),
