@@ -211,7 +211,7 @@ def table(
         except ValueError:  # fewer evaluations than the solver's least
             return {metric: None, "evaluations": None}
         tableau = solver(problem.process, t)
-        return {**measures[problem](tableau), "evaluations": tableau.nfe}
+        return {metric: None, **measures[problem](tableau), "evaluations": tableau.nfe}
 
     def finish(context: Any, cells: Mapping[tuple[str, Any], reproduce.Cell], out: Path) -> Sequence[str]:
         e: Callable[..., Any] = lambda row, column, what=metric: cells[row, column].get(what)
