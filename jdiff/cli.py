@@ -13,6 +13,7 @@ HELP = """\
   train             train a DiT or a UNet on images; started again, it goes on exactly where it was
   sample RUN        sample a trained model with any solver; writes a PNG grid and an .npz
   statistics RUN    measure what DPM-Solver-v3 wants to know of a model; a file for `sample`
+  fit-solver RUN    fit a solver to a model and a number of network evaluations; writes a .safetensors file
   reproduce NAME    compute a paper's table again, with a plot and sample grids
   list [GROUP]      what there is: processes, time grids, solvers, nets, experiments; `list solvers` says more of them
 
@@ -47,11 +48,12 @@ class SampleConfig:
 
       jdiff sample runs/digits --solver unipc --nfe 10
       jdiff sample runs/digits --solver "deis(order=3, variable='lam')" --grid karras --nfe 8 --n 100 --label 3
+      jdiff sample runs/digits --solver solver.safetensors
     """
 
-    solver: str = "unipc"  # a name, or one with options as above (see `jdiff list`), or auto: tries them on this model
-    nfe: int = 20  # network evaluations that may be spent (guidance doubles the cost of each)
-    grid: str = "logsnr"  # time grid: uniform, logsnr, karras, quadratic; auto finds its own
+    solver: str = "unipc"  # a name, or one as above; a file of `jdiff fit-solver`; auto: tries them on this model
+    nfe: int | None = None  # network evaluations that may be spent (guidance doubles each); 20, or what the file has
+    grid: str | None = None  # time grid: uniform, logsnr, karras, quadratic; logsnr, or what the file or auto has
     n: int = 64  # how many samples
     batch: int = 256  # how many at a time
     label: int | None = None  # one class for all; none: the classes in turn, where the model has classes
@@ -70,14 +72,12 @@ def sample(run: Path, config: SampleConfig) -> None:
     from rich.progress import track
 
     import jdiff
-    from jdiff import checkpoint, data, guidance, solvers, times, train
+    from jdiff import checkpoint, data, guidance, train
 
-    solver = None if config.solver == "auto" else solvers.parse(config.solver)
-    if config.grid not in times.ALL:
-        raise ValueError(solvers.unknown("time grid", config.grid, times.ALL))
+    make = _table(config)
     if config.n < 1 or config.batch < 1:
         raise ValueError(f"--n and --batch must be at least 1, got n={config.n}, batch={config.batch}")
-    steps, batch = config.nfe if solver is None else solver.steps(config.nfe), min(config.batch, config.n)
+    batch = min(config.batch, config.n)
     net, _, meta = checkpoint.load_params(run, config.ema)
     _check_condition(net, meta, config)
     classes = meta["net"]["num_classes"]
@@ -85,7 +85,7 @@ def sample(run: Path, config: SampleConfig) -> None:
     null = np.full(config.n, net.null_label if config.guidance != 1.0 else 0)
     model, images = train.denoiser_from(run, config.ema), []
     p, keys = model.process, jax.random.split(jax.random.key(config.seed))
-    table = None if solver is None else solver(p, times.ALL[config.grid](p, steps))
+    table = make(p)
     for start in track(range(0, config.n, batch), "sampling"):
         index = jnp.arange(start, start + batch)  # the last batch is full too, and cut afterwards
         rows = np.minimum(np.asarray(index), config.n - 1)
@@ -95,8 +95,8 @@ def sample(run: Path, config: SampleConfig) -> None:
             denoiser = guidance.cfg(denoiser, model.with_cond(cond(null)), config.guidance)
         x = p.prior(keys[0], (batch, net.image_size, net.image_size, net.channels), index)
         if table is None:  # on other noise than the samples', under the first batch's labels
-            print(f"choosing a solver and a grid for {config.nfe} network evaluations", flush=True)
-            table, report = solvers.auto(denoiser, config.nfe, *_calibration(p, x, config.seed))
+            print(f"choosing a solver and a grid for {config.nfe or 20} network evaluations", flush=True)
+            table, report = solvers.auto(denoiser, config.nfe or 20, *_calibration(p, x, config.seed))
             print(report)
         images.append(np.asarray(jdiff.sample(denoiser, table, x, keys[1], index=index, check=config.check)))
     x = np.concatenate(images)[: config.n]
@@ -114,6 +114,35 @@ def _calibration(p: Any, x: Any, seed: int) -> tuple[Any, Any]:
 
     keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), 1))
     return p.prior(keys[0], x.shape), keys[1]
+
+
+def _table(config: SampleConfig) -> Callable[[Any], Any]:
+    """process -> Tableau; what can be refused without the model is refused here."""
+    from jdiff import solvers, times
+
+    if config.solver == "auto":
+        return lambda p: None
+    if not config.solver.endswith(".safetensors"):
+        solver, grid = solvers.parse(config.solver), config.grid or "logsnr"
+        if grid not in times.ALL:
+            raise ValueError(solvers.unknown("time grid", grid, times.ALL))
+        steps = solver.steps(20 if config.nfe is None else config.nfe)
+        return lambda p: solver(p, times.ALL[grid](p, steps))
+    table = solvers.load(config.solver)
+    if config.grid is not None or config.nfe not in (None, table.nfe):
+        raise ValueError(
+            f"{config.solver} has its own times and {table.nfe} network evaluations; leave --grid and --nfe out"
+        )
+
+    def checked(p: Any) -> Any:
+        if table.record.process != p:
+            raise ValueError(
+                f"{config.solver} was fitted for {table.record.process}, but the model's process is {p}; fit one to "
+                "this model with jdiff fit-solver"
+            )
+        return table
+
+    return checked
 
 
 @dataclass(frozen=True)
@@ -271,6 +300,12 @@ def _with_run(command: str, config: type, work: Callable[[Path, Any], None]) -> 
     return run
 
 
+def _fit_solver(args: Sequence[str]) -> None:
+    from jdiff.fit.command import FitConfig, fit_solver
+
+    _with_run("fit-solver", FitConfig, fit_solver)(args)
+
+
 def _reproduce(args: Sequence[str]) -> None:
     from jdiff import reproduce as tables
 
@@ -287,6 +322,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "train": _train,
     "sample": _with_run("sample", SampleConfig, sample),
     "statistics": _with_run("statistics", StatisticsConfig, statistics),
+    "fit-solver": _fit_solver,
     "reproduce": _reproduce,
     "list": lambda args: listing(*args[:1]),
 }

@@ -71,6 +71,7 @@ def reference(
     dtype: Any = jnp.float32,
     file: str | os.PathLike | None = None,
     key: str = "",
+    progress: Callable[[float], None] | None = None,
 ) -> Reference:
     """n trajectories of samples of `shape`: UniPC-3 on a log-SNR grid, its steps doubled until the targets move by at
     most `tolerance` (root mean square over a batch's trajectories and elements).
@@ -82,6 +83,7 @@ def reference(
              network was trained on. It is no part of what is refined: a model that is right below it may go lower
     file     an .npz to keep them in: used again if it holds this key, seed, process, shape, dtype, number and tolerance
     key      names the model (a hash of its parameters: see `fingerprint`)
+    progress called as progress(fraction done) after each batch
     """
     p = model_at(source, jnp.arange(min(n, batch))).process
     what = {"key": key, "seed": seed, "process": repr(p), "shape": list(shape), "n": n, "tolerance": tolerance}
@@ -102,6 +104,8 @@ def reference(
         target, e, s = _refined(model_at(source, jnp.arange(n)[rows]), x[rows], tolerance, steps, most, last)
         targets.append(target)
         error, used = max(error, e), max(used, s)
+        if progress is not None:
+            progress(rows.stop / n)
     target = np.concatenate(targets)
     if file is not None:
         Path(file).parent.mkdir(parents=True, exist_ok=True)
