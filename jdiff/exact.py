@@ -85,6 +85,8 @@ class _Law:
         a, s = self.process.alpha(t), self.process.sigma(t)
         if t.ndim and t.shape[-1] > 1:
             return _per_coordinate(log_w, means, values, vectors, a, s, x)
+        if vectors is None and t.size == 1 and x.dtype == jnp.float64:
+            return _by_products(log_w, means, values, jnp.reshape(a, ()), jnp.reshape(s, ()), x)
         a, s = (jnp.reshape(v, (-1, 1)) for v in (a, s))  # (batch or 1, 1)
         z = x[:, None] - a[:, None] * means
         z = z if vectors is None else jnp.einsum("kij,nki->nkj", vectors, z)  # in each eigenbasis
@@ -94,6 +96,21 @@ class _Law:
         each = means + shift
         log_p = -0.5 * (jnp.sum(z * z * (1.0 / var), -1) + jnp.sum(jnp.log(2 * np.pi * var), -1))
         return _mix(log_w, log_p, each)
+
+
+def _by_products(log_w, means, values, a, s, x):
+    """Diagonal covariances at one noise level: two matrix products, ten times as fast. Squares are multiplied out, which
+    float64 can afford (x^2 / var stays below 1e10 above sigma = 1e-5) and float32 cannot."""
+    var = a * a * values + s * s  # (k, d)
+    inverse = 1.0 / jnp.where(var > 0, var, 1.0)
+    m = a * means
+    centre = jnp.mean(m, 0)
+    z, m = x - centre, m - centre
+    square = (z * z) @ inverse.T - 2.0 * (z @ (m * inverse).T) + jnp.sum(m * m * inverse, 1)
+    joint = log_w - 0.5 * (square + jnp.sum(jnp.log(2 * np.pi * var), 1))
+    r = jax.nn.softmax(joint, -1)
+    gain = a * values * inverse
+    return r @ (means - a * gain * means) + x * (r @ gain), jax.nn.logsumexp(joint, -1)
 
 
 def _per_coordinate(log_w, means, values, vectors, a, s, x):

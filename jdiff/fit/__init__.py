@@ -11,8 +11,12 @@ from jdiff.solvers.file import save
 from . import compensation
 from .free import Params, from_tableau, to_tableau
 from .gradient import STANDARD, Fit, objective, standard, table
+from .olss import Olss, olss
 from .reference import Reference, Source, fingerprint, reference
 from .report import errors, report
+from .score import score, squares
+from .search import Found, Space, evolution, kendall, ranking
+from .spaces import grid, s3, schedules, subsets
 
 __all__ = [
     "STANDARD", "Fit", "Params", "Reference", "Source", "compensation", "errors", "fingerprint", "from_tableau",

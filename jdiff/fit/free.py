@@ -75,9 +75,12 @@ def coefficients(p: Process, params: Params) -> Coefficients:
 def from_tableau(T: Tableau, least: float = 1e-12) -> Params:
     """A known solver in this form, exactly (up to the last digits), as a start.
 
-    least: of all of lam, the share that a step has at least (a last evaluation at t_min leaves a step of nothing).
+    One that ends at t_min has its last point taken as the sample: the noise that is left there is dropped, and the
+    weights of the outputs are made to sum to 1. least: of all of lam, the share that a step has at least (a last
+    evaluation at t_min leaves a step of nothing).
+
     ValueError for what is not of this form: noise, times that do not fall strictly, another start than t_max, an end
-    that is not sigma = 0, or a point that is not at the noise level of its time.
+    above t_min, or a point that is not at the noise level of its time.
     """
     p, t, name = T.record.process, np.asarray(T.t), T.record.name
     if T.stochastic or np.ndim(T.A) > 3 or T.E is not None or T.record.outputs > 1 or T.record.prediction != "x0":
@@ -85,11 +88,15 @@ def from_tableau(T: Tableau, least: float = 1e-12) -> Params:
     if t[0] != p.t_max or (np.diff(t) >= 0).any() or t[-1] <= 0:
         raise ValueError(f"{name}: expected times that fall strictly from t_max = {p.t_max:g}, got {t}")
     U = T.unrolled()[1:]
-    c = np.append(p.sigma(t[1:]) / p.sigma(p.t_max), 0.0)
-    S = np.append(p.alpha(t[1:]), 1.0) - p.alpha(p.t_max) * c
-    off = np.abs(U - np.c_[c, U[:, 1:]]).max() + np.abs(U[:, 1:].sum(1) - S).max()
+    sT, aT = p.sigma(p.t_max), p.alpha(p.t_max)
+    total = U[-1, 1:].sum()
+    if -1e-12 <= U[-1, 0] * sT <= p.sigma(p.t_min) * (1 + 1e-9) and total > 0.5:
+        U[-1] = np.append(0.0, U[-1, 1:] / total)
+    c = np.append(p.sigma(t[1:]) / sT, 0.0)
+    S = np.append(p.alpha(t[1:]), 1.0) - aT * c
+    off = np.abs(U[:, 0] - c).max() + np.abs(U[:, 1:].sum(1) - S).max()
     if off > 1e-8:
-        raise ValueError(f"{name}: not exact on point masses at its own times (off by {off:.2g})")
+        raise ValueError(f"{name}: not exact on point masses from t_max to sigma = 0 (off by {off:.2g})")
     first, last = _ends(p)
     lam = np.clip(p.lam(t[1:]), first, last)
     steps = np.maximum(np.diff(np.concatenate([[first], lam, [last]])), least * (last - first))

@@ -1,6 +1,7 @@
 """A solver fitted to a model by gradient: Adam on every entry of the table, on trajectories of the model itself."""
 
 import functools
+import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +10,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.tree_util import Partial
 from jaxtyping import Array
 
 from jdiff import solvers, times
@@ -17,7 +17,7 @@ from jdiff.process import Process
 from jdiff.tableau import Tableau
 
 from .free import Params, coefficients, from_tableau, rollout, to_tableau
-from .reference import Reference, Source, disjoint, hashes, model_at
+from .reference import Reference, Source, as_argument, disjoint, hashes, model_at
 
 STANDARD = (
     "ddim", "dpm_solver_pp(order=2)", "dpm_solver_pp(order=2, form='heun')", "dpm_solver_pp(order=3)", "deis(order=3)",
@@ -45,18 +45,23 @@ class Fit:
 
 
 def standard(process: Process, nfe: int, names: Sequence[str] = STANDARD) -> dict[str, Tableau]:
-    """ "solver, grid" -> Tableau: the standard solvers of `nfe` evaluations that are of the free table's form."""
+    """"solver, grid" -> Tableau: the standard solvers of `nfe` evaluations that are of the free table's form.
+
+    On every standard grid to sigma = 0, and on those of the formulas' own end at t_min ("solver, grid to t_min").
+    """
     found = {}
-    for name in names:
+    for name, (grid, make), end in itertools.product(names, times.ALL.items(), (0.0, process.t_min)):
         solver = solvers.parse(name)
-        for grid, make in times.ALL.items():
-            try:
-                T = solver(process, make(process, solver.steps(nfe)))
-                from_tableau(T)
-            except ValueError:  # too few evaluations for it, or (Euler in t, say) not exact on point masses
-                continue
-            if T.nfe == nfe:
-                found[f"{name}, {grid}"] = T
+        try:
+            n = solver.steps(nfe)
+            while end > 0 and solver(process, make(process, n, end=end)).nfe > nfe:
+                n -= 1  # a step that does not end at sigma = 0 may cost more
+            T = solver(process, make(process, n, end=end))
+            from_tableau(T)
+        except ValueError:  # too few evaluations for it, or (Euler in t, say) not exact on point masses
+            continue
+        if T.nfe == nfe:
+            found[f"{name}, {grid}" + (" to t_min" if end else "")] = T
     return found
 
 
@@ -82,14 +87,9 @@ def squares(source: Source, params: Params, ref: Reference, batch: int = 1024) -
     params, parts = jax.tree.map(lambda a: jnp.asarray(a, dtype), params), []
     for first in range(0, len(ref), batch):
         r = ref[first : first + batch]
-        e = _jit_squares(_static(source), params, jnp.asarray(r.x), jnp.asarray(r.target), jnp.asarray(r.index))
+        e = _jit_squares(as_argument(source), params, jnp.asarray(r.x), jnp.asarray(r.target), jnp.asarray(r.index))
         parts.append(np.asarray(e, np.float64))
     return np.concatenate(parts)
-
-
-def _static(source: Source) -> Any:
-    """A source as an argument of a compiled function: arrays in a Denoiser, or in a Partial, are no constants."""
-    return source if isinstance(source, Partial) or not callable(source) or hasattr(source, "init") else Partial(source)
 
 
 @functools.cache
@@ -177,7 +177,7 @@ def table(
             if c < chunks:
                 key_c = jax.random.fold_in(key, c)
                 state, losses = _chunk(
-                    _static(source), data, state, key_c, steps // chunks, batch, optimiser, float(weight)
+                    as_argument(source), data, state, key_c, steps // chunks, batch, optimiser, float(weight)
                 )
                 history.append((c * steps // chunks, float(losses.mean()), now))
     params = jax.tree.map(lambda a: np.asarray(a, np.float64), best[1])

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import Partial
 from jaxtyping import Array
 
 import jdiff
@@ -49,6 +50,11 @@ class Reference:
 def model_at(source: Source, index: Any) -> Denoiser:
     """The denoiser of the samples `index`."""
     return source if isinstance(source, Denoiser) else source(index)
+
+
+def as_argument(source: Source) -> Any:
+    """A source as an argument of a compiled function: what a Denoiser or a Partial holds is then no constant of it."""
+    return source if isinstance(source, (Denoiser, Partial)) else Partial(source)
 
 
 def noise(source: Source, n: int, shape: tuple[int, ...], seed: int, dtype: Any = jnp.float32) -> Array:
