@@ -72,7 +72,7 @@ def sample(run: Path, config: SampleConfig) -> None:
     from rich.progress import track
 
     import jdiff
-    from jdiff import checkpoint, data, guidance, train
+    from jdiff import checkpoint, data, guidance, solvers, train
 
     make = _table(config)
     if config.n < 1 or config.batch < 1:
@@ -284,7 +284,7 @@ def _train(args: Sequence[str]) -> None:
     print(f"trained: {result.out}; next: jdiff sample {result.out}")
 
 
-def _with_run(command: str, config: type, work: Callable[[Path, Any], None]) -> Callable[[Sequence[str]], None]:
+def _with_run(command: str, config: type, work: Callable[[Path, Any], Any]) -> Callable[[Sequence[str]], None]:
     """A command whose first argument is the run."""
 
     def run(args: Sequence[str]) -> None:

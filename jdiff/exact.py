@@ -99,8 +99,8 @@ class _Law:
 
 
 def _by_products(log_w, means, values, a, s, x):
-    """Diagonal covariances at one noise level: two matrix products, ten times as fast. Squares are multiplied out, which
-    float64 can afford (x^2 / var stays below 1e10 above sigma = 1e-5) and float32 cannot."""
+    """Diagonal covariances at one noise level, by matrix products: several times as fast. Squares are multiplied out,
+    which float64 can afford (x^2 / var stays below 1e10 above sigma = 1e-5) and float32 cannot."""
     var = a * a * values + s * s  # (k, d)
     inverse = 1.0 / jnp.where(var > 0, var, 1.0)
     m = a * means

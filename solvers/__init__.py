@@ -24,6 +24,7 @@ from .multistep import sa_solver, unipc
 from .restart import restart
 from .reversible import bdia, ddim_inversion, edict
 from .sde import euler_maruyama, predictor_corrector, reverse_diffusion
+from .usf import Decision, schedule
 
 ALL: dict[str, Callable[..., Solver]] = {
     "euler": euler,
@@ -85,8 +86,8 @@ def parse(text: str) -> Solver:
 
 
 __all__ = [
-    "ALL", "Solver", "auto", "bdia", "dc_solver", "ddim", "ddim_inversion", "ddpm", "deis", "dpm_solver",
+    "ALL", "Decision", "Solver", "auto", "bdia", "dc_solver", "ddim", "ddim_inversion", "ddpm", "deis", "dpm_solver",
     "dpm_solver_pp", "dpm_solver_v3", "edict", "edm_stochastic", "euler", "euler_maruyama", "get", "ghvb",
     "heavy_ball", "heun", "load", "mrs", "parse", "pndm", "predictor_corrector", "restart", "reverse_diffusion",
-    "sa_solver", "unipc", "unknown",
+    "sa_solver", "schedule", "unipc", "unknown",
 ]  # fmt: skip

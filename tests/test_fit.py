@@ -1,6 +1,7 @@
 """Fitting solvers to a model: exactness by construction, closed-form optima, no gain on training noise, files."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,8 @@ def trajectories(p, seed, n, model=GAUSS):
 def fitted():
     d = GAUSS.denoiser(EDM)
     train, valid = trajectories(EDM, 1, 64), trajectories(EDM, 2, 64)
-    return d, fit.table(d, 3, train, valid, steps=400, batch=64, starts=1), train, valid
+    some = fit.standard(EDM, 3, ("ddim", "dpm_solver_pp(order=2)"))
+    return d, fit.table(d, 3, train, valid, steps=400, batch=64, starts=1, candidates=some), train, valid
 
 
 # The table's form ------------------------------------------------------------------------------------------------
@@ -54,7 +56,7 @@ def test_any_numbers_solve_a_point_mass_exactly(p):
 def test_standard_solvers_are_of_this_form(p):
     """Unrolled into it and back, and run by the differentiable rollout, they are what they were."""
     found = fit.standard(p, 6, ("deis(order=3, variable='lam')", "unipc(order=3)", "dpm_solver_pp(order=2)", "heun"))
-    assert len(found) == 12  # Heun evaluates a time twice
+    assert len(found) == 24  # on 4 grids to two ends; Heun evaluates a time twice
     x = p.prior(jax.random.key(0), (3, 2), dtype=jnp.float64)
     for name in ("deis(order=3, variable='lam'), logsnr", "unipc(order=3), uniform", "dpm_solver_pp(order=2), karras"):
         T = found[name]
@@ -147,3 +149,161 @@ def test_a_file_holds_a_solver_bit_for_bit(tmp_path, fitted):
     with pytest.raises(ValueError, match="not a solver"):
         solvers.load(tmp_path / "bad.safetensors")
     assert dataclasses.is_dataclass(back)
+
+
+# OLSS ------------------------------------------------------------------------------------------------------------
+
+SHARP = exact.mixture(np.full(3, 1 / 3), np.array([[-1.0, 0.0], [1.0, 0.3], [0.2, 1.0]]), [0.01, 0.02, 0.01])
+
+
+def test_olss_leaves_less_than_ddim_at_every_step():
+    """On the set that it was fitted on, from the same points; and on other noise it is much nearer to the full run."""
+    d = SHARP.denoiser(VP)
+    noise = lambda seed, n: VP.prior(jax.random.key(seed), (n, 2), dtype=jnp.float64)
+    found = fit.olss(d, 6, noise(1, 32), fine=60)
+    assert (found.residual <= found.ddim * (1 + 1e-9)).all() and (found.residual < 0.9 * found.ddim).any()
+    VP.check_times(found.times)
+    x, t = noise(2, 200), times.uniform(VP, 60)
+    full = jdiff.sample(d, solvers.ddim()(VP, t), x)
+    off = lambda T: float(jnp.sqrt(jnp.mean((jdiff.sample(d, T, x) - full) ** 2)))
+    assert off(found.tableau) < 0.5 * off(solvers.ddim()(VP, times.uniform(VP, 6)))
+    with pytest.raises(ValueError, match="complete run"):
+        fit.olss(d, 6, noise(1, 4), fine=60, times=times.karras(VP, 6))
+
+
+def test_olss_of_the_full_run_itself_is_ddim():
+    """Where the complete run has as many steps, DDIM leaves nothing, and the least squares have nothing to add."""
+    d = SHARP.denoiser(VP)
+    x = VP.prior(jax.random.key(1), (8, 2), dtype=jnp.float64)
+    found = fit.olss(d, 5, x, fine=5, times=times.uniform(VP, 5))
+    assert found.residual.max() < 1e-9
+    want = jdiff.sample(d, solvers.ddim()(VP, times.uniform(VP, 5)), x)
+    np.testing.assert_allclose(jdiff.sample(d, found.tableau, x), want, atol=1e-9)
+
+
+# S3 --------------------------------------------------------------------------------------------------------------
+
+
+def by_hand(order):
+    """DPM-Solver-2 and -3 as their paper writes them (Lu et al. 2022, algorithms 1 and 2)."""
+
+    def sampler(g, x, model, noise):
+        p = g.process
+        for i in range(g.n):
+            h, s1 = g.h(i), g.s[i + 1]
+            at = lambda r, i=i, h=h: p.t_of_lam(g.lam[i] + r * h)
+            go = lambda r, e, i=i, h=h, x=x, t=at: (p.alpha(t(r)) / g.a[i]) * x - (p.sigma(t(r)) * np.expm1(r * h)) * e
+            e = model(x, g.t[i], kind="eps")
+            if order == 2:
+                x = (g.a[i + 1] / g.a[i]) * x - s1 * np.expm1(h) * model(go(0.5, e), at(0.5), kind="eps")
+                continue
+            r1, r2 = 1 / 3, 2 / 3
+            first = model(go(r1, e), at(r1), kind="eps") - e
+            u = go(r2, e) - (p.sigma(at(r2)) * r2 / r1 * (np.expm1(r2 * h) / (r2 * h) - 1)) * first
+            second = model(u, at(r2), kind="eps") - e
+            x = (g.a[i + 1] / g.a[i]) * x - s1 * np.expm1(h) * e - (s1 / r2 * (np.expm1(h) / h - 1)) * second
+        return x
+
+    return solvers.Solver(f"dpm_solver_{order}_by_hand", sampler, order)
+
+
+D = solvers.Decision
+SCHEDULES = {
+    "ddim": (solvers.ddim(), lambda i: D()),
+    "ddim, eps": (solvers.ddim(), lambda i: D(kind="eps")),
+    "2M": (solvers.dpm_solver_pp(2), lambda i: D(2, derivative="halved")),
+    "3M": (solvers.dpm_solver_pp(3), lambda i: D(3) if i > 1 else D(2, derivative="halved")),
+    "unipc 2": (
+        solvers.unipc(2, lower_order_final=False),
+        lambda i: D(2, corrector=2, derivative="halved") if i else D(corrector=1),
+    ),
+    "dpm_solver 2": (by_hand(2), lambda i: D(2, "eps", "singlestep", "halved")),
+    "dpm_solver 3": (by_hand(3), lambda i: D(3, "eps", "singlestep", "low")),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_known_solvers_are_schedules(name):
+    known, decide = SCHEDULES[name]
+    for p, t in ((VP, times.logsnr(VP, 5, end=0.05)), (EDM, times.karras(EDM, 5, end=0.1))):
+        T = solvers.schedule([decide(i) for i in range(5)])(p, t)
+        np.testing.assert_allclose(T.unrolled(), known(p, t).unrolled(), rtol=1e-9, atol=1e-10)
+    other = solvers.schedule([D(2, "eps", "singlestep") for _ in range(5)])(EDM, t)  # not any of these: it may differ
+    want = known(EDM, t).unrolled()
+    assert other.unrolled().shape != want.shape or np.abs(other.unrolled() - want).max() > 1e-4
+
+
+def test_schedules_that_make_no_sense_are_refused():
+    with pytest.raises(ValueError, match="one a step"):
+        solvers.schedule([D()] * 3)(VP, times.uniform(VP, 4))
+    with pytest.raises(ValueError, match="at least one Decision"):
+        solvers.schedule([])
+    for bad in (lambda: D(4), lambda: D(kind="v"), lambda: D(corrector=-1)):
+        with pytest.raises(ValueError, match="Decision"):
+            bad()
+
+
+def test_every_individual_of_s3_is_a_schedule_of_that_cost():
+    space, rng = fit.schedules(6), np.random.default_rng(0)
+    several = [space.random(rng) for _ in range(8)]
+    several += [space.mutate(rng, a) for a in several]
+    several += [space.cross(rng, a, b) for a, b in itertools.pairwise(several)]
+    for a in several:
+        T = fit.compile_schedule(VP, a)
+        U = T.unrolled()
+        assert T.nfe == 6 and abs(U[-1, 0]) < 1e-9 and abs(U[-1, 1:].sum() - 1) < 1e-6
+        assert space.encode(a).shape == (66,)
+
+
+def test_s3_never_loses_its_best_and_gains_on_held_out_noise():
+    d = SHARP.denoiser(VP)
+    train, held = (fit.reference(d, 64, (2,), seed, tolerance=1e-3, dtype=jnp.float64) for seed in (1, 2))
+    T, found = fit.s3(d, 3, train, budget=64, population=32)
+    assert (np.diff(found.history) <= 0).all() and len(found.seen) == 64 == len(found.scores)
+    assert found.score == found.scores.min() <= found.scores[:28].min()  # the known solvers stand in front
+    known = fit.compile_schedule(VP, found.seen[int(np.argmin(found.scores[:28]))])
+    assert fit.errors(d, T, held)["median"] <= 1.05 * fit.errors(d, known, held)["median"]
+
+
+# The search engine -----------------------------------------------------------------------------------------------
+
+
+def test_the_predictor_ranks_what_it_has_not_seen():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(160, 6))
+    y = x[:, 0] + 0.5 * x[:, 1] ** 2
+    guess = fit.ranking(x[:120], y[:120])
+    assert fit.kendall(guess(x[120:]), y[120:]) > 0.5 > abs(fit.kendall(rng.normal(size=40), y[120:])) + 0.2
+    assert fit.kendall(y, y) == 1.0 == -fit.kendall(y, -y)
+
+
+def test_subsets_of_times_and_layers():
+    """AutoDiffusion's space: all times where k is their number, full masks where all may be kept, the budget kept."""
+    rng = np.random.default_rng(0)
+    everything = fit.subsets(5, 5, blocks=2)
+    a = everything.mutate(rng, everything.random(rng))
+    assert a == ((4, 3, 2, 1, 0), ((1, 1),) * 5)
+    space = fit.subsets(20, 4, blocks=3, keep=0.75)
+    a, b = space.random(rng), space.random(rng)
+    for _ in range(30):
+        a = space.cross(rng, space.mutate(rng, a), b)
+        assert len(a[0]) == 4 and (np.diff(a[0]) < 0).all() and np.sum(a[1]) == 9
+    target = {17, 11, 6, 1}
+    found = fit.evolution(
+        fit.subsets(20, 4), lambda many: np.array([-len(target & set(m[0])) for m in many]), budget=400
+    )
+    assert set(found.best[0]) == target and (np.diff(found.history) <= 0).all()
+    with pytest.raises(ValueError, match="1 <= k <= 5"):
+        fit.subsets(5, 6)
+    with pytest.raises(ValueError, match="parents <= population"):
+        fit.evolution(space, lambda many: np.zeros(len(many)), population=4, parents=5)
+
+
+def test_an_optimised_grid_beats_the_standard_ones():
+    d = SHARP.denoiser(VP)
+    train, held = (fit.reference(d, 48, (2,), seed, tolerance=1e-3, dtype=jnp.float64) for seed in (1, 2))
+    t, found = fit.grid(d, solvers.ddim(), 4, train, budget=84)
+    VP.check_times(t)
+    assert (np.diff(found.history) <= 0).all()
+    standard = [solvers.ddim()(VP, make(VP, 4)) for make in times.ALL.values()]
+    assert fit.score(d, [solvers.ddim()(VP, t)], held)[0] < fit.score(d, standard, held).min()

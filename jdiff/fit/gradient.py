@@ -45,7 +45,7 @@ class Fit:
 
 
 def standard(process: Process, nfe: int, names: Sequence[str] = STANDARD) -> dict[str, Tableau]:
-    """"solver, grid" -> Tableau: the standard solvers of `nfe` evaluations that are of the free table's form.
+    """ "solver, grid" -> Tableau: the standard solvers of `nfe` evaluations that are of the free table's form.
 
     On every standard grid to sigma = 0, and on those of the formulas' own end at t_min ("solver, grid to t_min").
     """

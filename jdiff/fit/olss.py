@@ -13,7 +13,6 @@ from jdiff.trace import Solver, trace
 
 from .reference import Source, model_at
 
-
 RIDGE = 1e-10  # of the largest singular value's square: keeps the weights of nearly equal outputs from exploding
 
 
@@ -119,7 +118,7 @@ def olss(
                     return len(rest) - 1  # the last evaluation goes to the end whatever it costs
                 room = len(rest) - (nfe - k)  # leave a step for each evaluation to come
                 over = np.flatnonzero(rest > tolerance)
-                return min(max((over[0] if len(over) else len(rest)) - 1, 0), room)
+                return min(max((int(over[0]) if len(over) else len(rest)) - 1, 0), room)
 
             return choose
 
