@@ -16,7 +16,7 @@ from .reference import Reference, Source, as_argument, model_at
 
 def unroll(T: Tableau) -> Coefficients:
     """A deterministic tableau as the weights of x_T and of all past outputs in each point."""
-    if T.stochastic or np.ndim(T.t) > 1 or T.record.outputs > 1 or T.record.prediction != "x0":
+    if T.stochastic or np.ndim(T.A) > 3 or T.E is not None or T.record.outputs > 1 or T.record.prediction != "x0":
         raise ValueError(f"{T.record.name}: expected a deterministic tableau with scalar coefficients")
     U = T.unrolled()
     if abs(U[0, 0] - 1.0) > 1e-12:
