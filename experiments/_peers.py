@@ -61,8 +61,14 @@ def _setups() -> dict[str, tuple[str, Build]]:
             published = {"as_published": True} if order == 3 else {}
             name = f"dpm-solver* multistep[dpmsolver++,o{order},{skip}]"
             add("vp", name, "dpm_solver_pp", stop, 10, order=order, **published)
+            name = f"dpm-solver* multistep[dpmsolver,o{order},{skip}]"
+            add("vp", name, "dpm_solver", stop, 10, order=order, method="multistep", **published)
+    single = "dpm-solver* singlestep[dpmsolver++,o3,logSNR], evenly spaced"  # the official steps are not
+    add("vp", single, "dpm_solver_pp", _on("logsnr", stop=True), order=3, method="fast")
     for order in (2, 3):
         add("vp", f"UniPC* bh2,o{order},logSNR", "unipc", _on("logsnr", stop=True), order=order)
+        vary = {"variant": "vary_coeff", "as_published": True}
+        add("vp", f"UniPC* vary_coeff,o{order},logSNR", "unipc", _on("logsnr", stop=True), order=order, **vary)
         add("vp", f"df UniPCMultistep[bh2,o{order},use_exponential]", "unipc", _on("logsnr"), order=order)
         add("vp", f"df UniPCMultistep[bh2,o{order},use_karras]", "unipc", _on("karras"), order=order)
         published = {"as_published": True} if order == 3 else {}
@@ -85,6 +91,9 @@ def _setups() -> dict[str, tuple[str, Build]]:
                 _on(grid, stop=True),
                 order=order,
             )
+        stop, unipc = _on(grid, stop=True), "df UniPCMultistep"
+        add("edm", f"{unipc}[bh1,o3,end=0.002]{{{short}}}", "unipc", stop, order=3, variant="bh1")
+        add("edm", f"{unipc}[bh2,o3,eps,end=0.002]{{{short}}}", "unipc", stop, order=3, prediction="eps")
         add("edm", f"kd sample_dpmpp_2m{{{short}}}", "dpm_solver_pp", _on(grid), order=2)
         heun = {"order": 2, "form": "heun"}
         add("edm", f"kd sample_dpmpp_2m_sde[eta=0,heun]{{{short}}}", "dpm_solver_pp", _on(grid), **heun)
@@ -96,6 +105,20 @@ def _setups() -> dict[str, tuple[str, Build]]:
         published = {"as_published": True} if order == 3 else {}
         name = f"df DPMSolverMultistep[++,o{order},flow]"
         add("flow", name, "dpm_solver_pp", _near_one(1e-3), 15, order=order, **published)
+    single = "df DPMSolverSinglestep[++,o2,flow]"
+    add("flow", single, "dpm_solver_pp", _near_one(1e-3), order=2, method="singlestep")
+    return found
+
+
+def with_statistics(file: str) -> dict[str, tuple[str, Build]]:
+    """DPM-Solver-v3's set-ups, with statistics of the model that `jdiff.statistics` measured and kept in `file`."""
+    found: dict[str, tuple[str, Build]] = {}
+    for skip, grid in {"logSNR": "logsnr", "time_uniform": "uniform"}.items():
+        for order in (2, 3):
+            for name, corrector in {"corrector": "pseudo", "no corrector": None}.items():
+                solver = solvers.get("dpm_solver_v3", statistics=file, order=order, corrector=corrector)
+                build = lambda p, nfe, s=solver, g=grid: s(p, times.ALL[g](p, nfe, end=p.t_min))
+                found[f"dpm-solver-v3* o{order},{skip},{name}"] = ("vp", build)
     return found
 
 

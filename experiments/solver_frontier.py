@@ -104,10 +104,11 @@ def cell(context: Context, row: str, nfe: int) -> dict[str, Any]:
         return found
     case, p = context.case(row), _models.STARTS[start]
     score = functools.partial(_score, case)
-    same: dict[Any, dict[str, float]] = {
-        key: score(build(p, nfe)) for key, (at, build) in _peers.SETUPS.items() if at == start
-    }
-    ours: dict[Any, dict[str, float]] = {key: score(table) for key, (table, _) in tables(p, STANDARD, nfe).items()}
+    file = str(_statistics(context, row))
+    v3 = tuple(f"dpm_solver_v3(order={order}, statistics='{file}')" for order in (2, 3))
+    setups = _peers.SETUPS | _peers.with_statistics(file)
+    same: dict[Any, dict[str, float]] = {k: score(build(p, nfe)) for k, (at, build) in setups.items() if at == start}
+    ours: dict[Any, dict[str, float]] = {k: score(T) for k, (T, _) in tables(p, (*STANDARD, *v3), nfe).items()}
     ours |= same  # they are our solvers and grids too
     for w in WHICH:
         if context.published:
@@ -122,12 +123,40 @@ def cell(context: Context, row: str, nfe: int) -> dict[str, Any]:
             values = [v[w] for key, v in ours.items() if not isinstance(key, str) and key[0] == solver]
             found[f"{w} of {solver}"] = min(values, default=None)
     start_noise = _models.noise(case.model, p, 1000 + nfe, CALIBRATION[name])
-    table, report = solvers.auto(case.denoiser, nfe, start_noise, jax.random.key(nfe))
+    choice = functools.partial(solvers.auto, case.denoiser, nfe, start_noise, jax.random.key(nfe))
+    table, report = choice(candidates=(*CANDIDATES, *v3))
     chosen = score(table)
     found |= {f"auto {w}": chosen[w] for w in WHICH} | {"auto rms by": f"{report.solver} on {report.grid}"}
     found["auto cost"] = report.evaluations * report.batch
+    if s.fit and nfe <= 10:
+        fitted = score(_fitted(context, row, nfe, table))
+        found |= {f"fit {w}": fitted[w] for w in WHICH}
     beat = found["peer rms"] if context.published else found["same rms"]
     return found | {TITLE: found["auto rms"] / beat}
+
+
+def _statistics(context: Context, row: str) -> Path:
+    """The file of what DPM-Solver-v3 wants to know of the model, estimated once."""
+    from jdiff import statistics
+
+    name = "-".join((*row.split(), str(context.settings.model_seed)))
+    file = Path(context.settings.out) / "statistics" / f"{name}.safetensors"
+    if not file.exists():
+        case = context.case(row)
+        found = statistics.estimate(case.denoiser, case.x.shape[1:], jax.random.key(0), n=512, n_lam=120, probes=1)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        found.save(file)
+    return file
+
+
+def _fitted(context: Context, row: str, nfe: int, start: jdiff.Tableau) -> jdiff.Tableau:
+    """Every entry and time fitted from the automatic choice on to 1024 other trajectories; 256 more decide."""
+    from jdiff import fit
+
+    train, valid = (context.case(row, seed=seed, n=n) for seed, n in ((1001, 1024), (1002, 256)))
+    kept = [fit.Reference(c.x, c.target, np.arange(len(c.x)), seed=i) for i, c in enumerate((train, valid))]
+    candidates = {"auto": start} if start.A.ndim == 3 else None  # coefficients a dimension are no start for it
+    return fit.table(train.denoiser, nfe, *kept, candidates=candidates, starts=1, steps=1500).tableau
 
 
 def _score(case: Case, table: jdiff.Tableau) -> dict[str, float]:

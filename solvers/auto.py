@@ -28,10 +28,10 @@ from jdiff.tableau import Tableau
 from jdiff.trace import Solver
 
 CANDIDATES = (
-    "dpm_solver_pp(order=2)", "dpm_solver_pp(order=2, form='heun')", "dpm_solver_pp(order=3)",
-    "dpm_solver_pp(order=3, as_published=True)", "deis(order=3)", "deis(order=2, variable='lam')",
-    "deis(order=3, variable='lam')", "unipc(order=2)", "unipc(order=2, lower_order_final=False)",
-    "unipc(order=3)", "unipc(order=3, lower_order_final=False)",
+    "dpm_solver_pp(order=2)", "dpm_solver_pp(order=2, form='heun')", "dpm_solver_pp(order=3, as_published=True)",
+    "dpm_solver(order=3, method='multistep')", "deis(order=3)", "deis(order=2, variable='lam')",
+    "deis(order=3, variable='lam')", "unipc(order=2)", "unipc(order=3)", "unipc(order=3, lower_order_final=False)",
+    "unipc(order=3, prediction='eps')",
 )  # fmt: skip
 
 
@@ -199,7 +199,7 @@ def _tables_of(p: Process, candidate: str | Solver, nfe: int) -> Tables:
             table = solver(p, t)
         except ValueError:  # too few evaluations for this solver, or entries beyond what a tableau may hold
             continue
-        if table.nfe <= nfe:
+        if table.nfe <= nfe and min(table.t) >= p.t_min * (1.0 - 1e-9):  # no network is asked below t_min
             found[name, grid] = table, t
     return found
 
