@@ -23,6 +23,7 @@ from jdiff import exact, reproduce, solvers
 from jdiff.experiments import _models, _peers
 from jdiff.reproduce import Table
 from jdiff.solvers.auto import CANDIDATES, tables
+from jdiff.solvers.file import save
 
 NFE = (5, 6, 8, 10, 15, 20, 50)
 CALIBRATION = {"gmm2": 256, "gmm64": 128, "gauss8": 128}  # trajectories in one of auto's four batches
@@ -106,6 +107,7 @@ def cell(context: Context, row: str, nfe: int) -> dict[str, Any]:
     score = functools.partial(_score, case)
     file = str(_statistics(context, row))
     v3 = tuple(f"dpm_solver_v3(order={order}, statistics='{file}')" for order in (2, 3))
+    plain = lambda text: text.replace(f", statistics='{file}'", "")
     setups = _peers.SETUPS | _peers.with_statistics(file)
     same: dict[Any, dict[str, float]] = {k: score(build(p, nfe)) for k, (at, build) in setups.items() if at == start}
     ours: dict[Any, dict[str, float]] = {k: score(T) for k, (T, _) in tables(p, (*STANDARD, *v3), nfe).items()}
@@ -118,7 +120,7 @@ def cell(context: Context, row: str, nfe: int) -> dict[str, Any]:
         for kind, errors in (("same", same), ("standard", ours)):
             best = min(errors, key=lambda key: errors[key][w])
             found[f"{kind} {w}"] = errors[best][w]
-            found[f"{kind} {w} by"] = best if isinstance(best, str) else " on ".join(best)
+            found[f"{kind} {w} by"] = plain(best if isinstance(best, str) else " on ".join(best))
         for solver in STANDARD:
             values = [v[w] for key, v in ours.items() if not isinstance(key, str) and key[0] == solver]
             found[f"{w} of {solver}"] = min(values, default=None)
@@ -126,8 +128,10 @@ def cell(context: Context, row: str, nfe: int) -> dict[str, Any]:
     choice = functools.partial(solvers.auto, case.denoiser, nfe, start_noise, jax.random.key(nfe))
     table, report = choice(candidates=(*CANDIDATES, *v3))
     chosen = score(table)
-    found |= {f"auto {w}": chosen[w] for w in WHICH} | {"auto rms by": f"{report.solver} on {report.grid}"}
+    found |= {f"auto {w}": chosen[w] for w in WHICH} | {"auto rms by": plain(f"{report.solver} on {report.grid}")}
     found["auto cost"] = report.evaluations * report.batch
+    about = {"held out rms and median": report.held_out, "solver": report.solver, "grid": report.grid}
+    save(Path(s.out) / "auto" / f"{name}-{start}-{nfe}.safetensors", table, about)
     if s.fit and nfe <= 10:
         fitted = score(_fitted(context, row, nfe, table))
         found |= {f"fit {w}": fitted[w] for w in WHICH}
