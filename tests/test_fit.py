@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import jdiff
-from jdiff import exact, fit, process, solvers, times
+from jdiff import cli, exact, fit, process, solvers, times
+from jdiff.fit.command import Labelled
 from jdiff.fit.free import coefficients, rollout
 
 EDM, VP, FLOW = process.edm(), process.vp_linear(), process.flow()
@@ -307,3 +308,32 @@ def test_an_optimised_grid_beats_the_standard_ones():
     assert (np.diff(found.history) <= 0).all()
     standard = [solvers.ddim()(VP, make(VP, 4)) for make in times.ALL.values()]
     assert fit.score(d, [solvers.ddim()(VP, t)], held)[0] < fit.score(d, standard, held).min()
+
+
+# The command line -------------------------------------------------------------------------------------------------
+
+
+def test_sampling_with_a_file_refuses_another_process_grid_or_number(tmp_path):
+    """`jdiff sample RUN --solver FILE`: times and number of evaluations are the file's."""
+    T = solvers.unipc(2)(EDM, times.karras(EDM, 5))
+    file = str(tmp_path / "five.safetensors")
+    fit.save(file, T, {})
+    table = cli._table(cli.SampleConfig(solver=file))(EDM)
+    np.testing.assert_array_equal(table.A, T.A)
+    with pytest.raises(ValueError, match="fitted for EDM"):
+        cli._table(cli.SampleConfig(solver=file))(VP)
+    for wrong in (cli.SampleConfig(solver=file, nfe=6), cli.SampleConfig(solver=file, grid="karras")):
+        with pytest.raises(ValueError, match="5 network evaluations; leave"):
+            cli._table(wrong)
+    assert cli._table(cli.SampleConfig(solver="ddim"))(EDM).nfe == 20
+
+
+def test_labels_and_guidance_follow_the_sample():
+    """Sample i has label i modulo the classes, in whatever batch; guidance mixes it with the null class."""
+    fn = lambda x, t, y: 0.0 * x + y.astype(x.dtype)[:, None]
+    model = jdiff.denoiser(fn, EDM, "x0", cond=jnp.zeros(1, jnp.int32))
+    x, index = jnp.zeros((3, 1)), jnp.array([4, 9, 11])
+    out = lambda labels: Labelled(*labels)(model, index)(x, 1.0)[:, 0]
+    np.testing.assert_array_equal(out((10,)), [4, 9, 1])
+    np.testing.assert_array_equal(out((10, 7)), [7, 7, 7])
+    np.testing.assert_array_equal(out((10, None, 2.0, 10)), [-2, 8, -8])  # 10 + 2 (y - 10)
