@@ -16,10 +16,11 @@ from .reference import Reference, Source, fingerprint, reference
 from .report import errors, report
 from .score import score, squares
 from .search import Found, Space, evolution, kendall, ranking
-from .spaces import compile_schedule, grid, s3, schedules, subsets
+from .spaces import Subset, compile_schedule, grid, s3, schedules, subsets
 
 __all__ = [
-    "STANDARD", "Fit", "Found", "Olss", "Params", "Reference", "Source", "Space", "compensation", "compile_schedule",
-    "errors", "evolution", "fingerprint", "from_tableau", "grid", "kendall", "objective", "olss", "ranking",
-    "reference", "report", "s3", "save", "schedules", "score", "squares", "standard", "subsets", "table", "to_tableau",
+    "STANDARD", "Fit", "Found", "Olss", "Params", "Reference", "Source", "Space", "Subset", "compensation",
+    "compile_schedule", "errors", "evolution", "fingerprint", "from_tableau", "grid", "kendall", "objective", "olss",
+    "ranking", "reference", "report", "s3", "save", "schedules", "score", "squares", "standard", "subsets", "table",
+    "to_tableau",
 ]  # fmt: skip
