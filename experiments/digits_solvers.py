@@ -21,7 +21,7 @@ from jdiff.experiments import _digits
 from jdiff.experiments.fast_sampling import score
 from jdiff.reproduce import Published, Table
 
-NFE = (5, 6, 8, 10, 15, 20, 50)
+NFE = (5, 6, 8, 10, 20, 50)
 SEEDS = (0, 1, 2)
 EXTRA = {
     "deis in log-SNR": "deis(variable='lam')",

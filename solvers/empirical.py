@@ -11,6 +11,8 @@ The paper's I, B, C are these integrals from the table's start on; here each ste
 overflows. Where the remainder is nothing (a Gaussian with diagonal covariance) one step of any size is exact.
 """
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +35,13 @@ class _Integrals:
     def __init__(self, table: Statistics, as_published: bool):
         self.table, self.rounded = table, as_published
         spline = lambda v: make_interp_spline(table.lam, v, k=1 if as_published else 3)
-        self.l, self.L, self.S = spline(table.l), spline(table.l).antiderivative(), spline(table.s).antiderivative()
-        self.B = spline(np.exp(-self.S(table.lam)) * table.b).antiderivative() if np.any(table.b) else None
+        self.l, self.L = _once(spline(table.l)), _once(spline(table.l).antiderivative())
+        self.S = _once(spline(table.s).antiderivative())
+        b = np.exp(-self.S(table.lam)) * table.b
+        self.B = _once(spline(b).antiderivative()) if np.any(table.b) else None
 
     def beta(self, start: float, u: Any) -> Any:
-        return np.exp(self.S(start)) * (self.B(u) - self.B(start)) if self.B else 0.0 * self.S(u)
+        return np.exp(self.S(start)) * (self.B(u) - self.B(start)) if self.B else 0.0
 
     def nodes(self, start: float, end: float) -> tuple[np.ndarray, np.ndarray]:
         """Quadrature on a step: Gauss, or as published the trapezoid rule on the table's points."""
@@ -70,6 +74,12 @@ class _Integrals:
             raise ValueError(f"dpm_solver_v3: {g.n} steps rounded to {n + 1} levels repeat one; use as_published=False")
         t = np.where(finite, np.minimum(g.process.t_of_lam(np.where(finite, lam, 0.0)), g.process.t_max), g.t)
         return Grid(g.process, t, g.process.alpha(t), g.process.sigma(t), lam)
+
+
+def _once(spline: Callable[[Any], np.ndarray]) -> Callable[[Any], np.ndarray]:
+    """The spline, its values at single points kept: steps ask for the same ends again and again."""
+    kept = functools.cache(spline)
+    return lambda u: kept(float(u)) if np.ndim(u) == 0 else spline(u)
 
 
 def _derivatives(u: np.ndarray, pseudo: bool) -> np.ndarray:
@@ -128,14 +138,17 @@ def dpm_solver_v3(
         L, S, points = integrals.L, integrals.S, np.array([lam for lam, _ in known])
         u, w = integrals.nodes(start, end)
         weight = (w * np.exp(L(u) + S(u) - L(start) - S(start)).T).T
-        powers = np.stack([np.tensordot((u - start) ** k, weight, 1) for k in range(len(known))])
-        y, rest = (1.0 / g.a[i]) * x, np.sum(weight * integrals.beta(start, u), 0)
+        powers = np.tensordot((u - start) ** np.arange(len(known))[:, None], weight, 1)
         weights = np.tensordot(_derivatives(points, pseudo).T, powers, 1)
-        for c, (lam, f) in zip(weights, known, strict=True):
-            y = y - (c * np.exp(S(start) - S(lam))) * f
-            rest = rest - c * integrals.beta(start, lam)
+        scales = [np.exp(S(start) - S(lam)) for lam, _ in known]
+        y = (1.0 / g.a[i]) * x
+        for c, scale, (_, f) in zip(weights, scales, known, strict=True):
+            y = y - (c * scale) * f
         if integrals.B:
-            y = y - number(x, rest)
+            rest = np.sum(weight * integrals.beta(start, u), 0)
+            y = y - number(
+                x, rest - sum(c * integrals.beta(start, lam) for c, lam in zip(weights, points, strict=True))
+            )
         return (g.a[i + 1] * np.exp(L(start) - L(end))) * y
 
     def sampler(g: Grid, x: Value, model: Model, noise: Noise) -> Value:
