@@ -66,7 +66,8 @@ def rows(tableau: Tableau, dtype: Any) -> Rows:
     """The rows of `tableau` as scanned over; times stay float32 or better."""
     cast = lambda a, d: a.astype(d) if isinstance(a, jax.Array) else jnp.asarray(np.asarray(a), d)
     constants = None if tableau.E is None else cast(tableau.E, wide(dtype))
-    return Rows(*(cast(a, wide(dtype)) for a in (tableau.t, tableau.A, tableau.B, tableau.C)), constants)
+    t, A, B, C = (cast(a, wide(dtype)) for a in (tableau.t, tableau.A, tableau.B, tableau.C))
+    return Rows(t, A, B, C, constants)
 
 
 def stepper(

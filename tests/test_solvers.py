@@ -320,7 +320,7 @@ def test_bad_options(bad):
 
 
 def test_unknown_solver_and_nfe():
-    with pytest.raises(ValueError, match="did you mean dpm_solver or dpm_solver_pp"):
+    with pytest.raises(ValueError, match="did you mean dpm_solver or dpm_solver_"):
         solvers.get("dpm_solver++")
     assert [solvers.heun().steps(n) for n in (1, 5, 6, 8, 10)] == [1, 3, 3, 4, 5]
     assert solvers.unipc().steps(10) == 10
