@@ -32,6 +32,7 @@ SETUPS = {  # (solver, start, grid)
     "SDE-DPM-Solver++(3M), sigma": ("dpm_solver_pp(order=3, eta=1.0)", "edm", "logsnr"),
     "SDE-DPM-Solver++(2M) above 1, flow": ("dpm_solver_pp(order=2, eta=1.0, interval=(1.0, 1e9))", "flow", "uniform"),
     "SA-Solver above 2, flow": ("sa_solver(predictor=2, corrector=2, interval=(2.0, 1e9))", "flow", "uniform"),
+    "SA-Solver above 2, flow t^2": ("sa_solver(predictor=2, corrector=2, interval=(2.0, 1e9))", "flow", "quadratic"),
     "SA-Solver, VP": ("sa_solver(predictor=2, corrector=2, interval=None)", "vp", "karras"),
 }  # "above 2": noise is drawn at levels sigma/alpha above 2 alone
 METRIC = "SW2 / floor"
@@ -47,6 +48,7 @@ class Settings:
     projections: int = 64  # directions
     seed: int = 0  # of noise, draws and directions
     models: tuple[str, ...] = _models.NAMES  # which of gmm2, gmm64, gauss8
+    nfe: tuple[int, ...] = NFE  # which numbers of evaluations
 
 
 class Context(NamedTuple):
@@ -89,6 +91,10 @@ def distance(samples: np.ndarray, directions: np.ndarray, q: np.ndarray) -> floa
 
 def prepare(settings: Settings) -> Context:
     """Models, directions, exact quantiles and the floor."""
+    for option, names in {"models": _models.NAMES, "nfe": NFE}.items():
+        for value in getattr(settings, option):
+            if value not in names:
+                raise ValueError(f"--{option}: {value!r}; expected some of {', '.join(map(str, names))}")
     models, directions, q, floor = {}, {}, {}, {}
     for i, name in enumerate(settings.models):
         model = models[name] = _models.survey(name)
@@ -104,7 +110,7 @@ def cell(context: Context, row: str, nfe: int) -> dict[str, Any]:
     """20,000 samples of one solver on one model."""
     (name, setup), s = row.split(": ", 1), context.settings
     found: dict[str, Any] = {METRIC: None, "SW2": None, "SW2 floor": None, "evaluations": None, "stochastic": None}
-    if name not in s.models:
+    if name not in s.models or nfe not in s.nfe:
         return found
     text, start, grid = SETUPS[setup]
     solver, p, model = solvers.parse(text), _models.STARTS[start], context.models[name]
@@ -136,15 +142,18 @@ def finish(context: Context, cells: Mapping[tuple[str, Any], reproduce.Cell], ou
     for name in context.settings.models:
         floor, published = context.floor[name], _peers.SURVEY["sw2"][name]
         full, half = HALF[name]
-        value, by = best[name, "stochastic", half]
+        few = [(n, *best[name, "stochastic", n]) for n in NFE if n <= half and (name, "stochastic", n) in best]
+        if not few:
+            continue
+        n, value, by = min(few, key=lambda found: found[1])
         verdict = "holds" if value <= 2 * floor else "DOES NOT HOLD"
         lines.append(
-            f"- {name}: within 2 floors by a stochastic solver at NFE {half}, where the best such peer needs {full}: "
-            f"{by} {value:.3g} = {value / floor:.2f} floors: {verdict}."
+            f"- {name}: within 2 floors by a stochastic solver at NFE {half} or fewer, where the best such peer needs "
+            f"{full}: {by} {value:.3g} = {value / floor:.2f} floors at NFE {n}: {verdict}."
         )
         lines.append(f"  Floor {floor:.3g} here, {published['floor']:.3g} in the survey.")
     for name in context.settings.models:
-        lines += ["", f"## {name}", "", "SW2 of the best here and of the best published; ratios to the floor below."]
+        lines += ["", f"## {name}", "", "SW2 of the best here and of the best published."]
         rows = []
         for kind in ("stochastic", "ode"):
             survey = {n: _peers.published("sw2", name, kind, n)[0] for n in NFE if n in _peers.SURVEY["nfe"]}
@@ -153,7 +162,10 @@ def finish(context: Context, cells: Mapping[tuple[str, Any], reproduce.Cell], ou
             rows.append([f"{kind}: best here", *(reproduce.number(mine[n]) for n in NFE)])
         lines += ["", *reproduce.grid(["", *map(str, NFE)], rows)]
     _picture(context, cells, out / "law.png")
-    return [*lines, "", "![sliced Wasserstein distance against NFE](law.png)"]
+    found = (
+        'The set-ups "above" were found by trying some thirty on these models at NFE 10, as the survey\'s best were.'
+    )
+    return [*lines, "", found, "", "![sliced Wasserstein distance against NFE](law.png)"]
 
 
 def _picture(context: Context, cells: Mapping[tuple[str, Any], reproduce.Cell], file: Path) -> None:
