@@ -215,7 +215,7 @@ def table(
 
     def finish(context: Any, cells: Mapping[tuple[str, Any], reproduce.Cell], out: Path) -> Sequence[str]:
         e: Callable[..., Any] = lambda row, column, what=metric: cells[row, column].get(what)
-        return [*notes, "", "## Claims", "", *(claim.line(e) for claim in claims)]
+        return [*notes, *(["", "## Claims", "", *(claim.line(e) for claim in claims)] if claims else [])]
 
     out = ("out", Settings.__annotations__["out"], dataclasses.field(default=f"runs/{name}"))
     settings = dataclasses.make_dataclass("Settings", [out], bases=(Settings,), frozen=True)

@@ -12,7 +12,7 @@ import inspect
 import numpy as np
 import pytest
 import scipy.integrate
-from test_solvers import EVENLY, mutant, stale_heun
+from test_solvers import EVENLY, MUTANTS
 from test_trace import VARIANTS
 
 import jdiff
@@ -82,19 +82,7 @@ def test_order_on_the_grids_that_a_method_is_made_for(name, grid):
 @pytest.mark.parametrize(
     ("nominal", "wrong"),
     [
-        (2, solvers.euler()),
-        (2, jdiff.Solver("stale", stale_heun, 2)),
-        (2, mutant(2, "off-by-one alpha")),
-        (2, mutant(2, "step ratio ignored")),
-        (3, solvers.dpm_solver_pp(2)),
-        (3, solvers.dpm_solver_pp(3, as_published=True)),
-        (3, mutant(3, "factor 2 missing")),
-        (3, solvers.unipc(2, corrector=False, lower_order_final=False)),
-        (3, solvers.unipc(1, lower_order_final=False)),
-        (3, solvers.unipc(3)),  # published: the last steps of lower order
-        (3, solvers.deis(2)),
-        (4, solvers.deis(3)),
-        (4, solvers.deis(3, "lam")),
+        *MUTANTS,
         (5, solvers.deis(4)),
         (2, solvers.ddim(0.6)),
         (2, solvers.ddpm()),

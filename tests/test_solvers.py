@@ -210,25 +210,25 @@ def stale_heun(g, x, model, noise):
     return x
 
 
-@pytest.mark.parametrize(
-    ("order", "wrong"),
-    [
-        (2, solvers.euler()),
-        (2, jdiff.Solver("stale", stale_heun, 2)),
-        (2, mutant(2, "off-by-one alpha")),
-        (2, mutant(2, "step ratio ignored")),
-        (2, solvers.dpm_solver_pp(1)),
-        (3, solvers.dpm_solver_pp(2)),
-        (3, solvers.dpm_solver_pp(3, as_published=True)),
-        (3, mutant(3, "factor 2 missing")),
-        (3, solvers.unipc(2, corrector=False, lower_order_final=False)),
-        (3, solvers.unipc(1, lower_order_final=False)),
-        (3, solvers.unipc(3)),  # published: the last steps of lower order
-        (3, solvers.deis(2)),
-        (4, solvers.deis(3)),
-        (4, solvers.deis(3, "lam")),
-    ],
-)
+MUTANTS = [  # (the order that each must fail, a wrong solver or one of lower order); test_order.py has them too
+    (2, solvers.euler()),
+    (2, jdiff.Solver("stale", stale_heun, 2)),
+    (2, mutant(2, "off-by-one alpha")),
+    (2, mutant(2, "step ratio ignored")),
+    (2, solvers.dpm_solver_pp(1)),
+    (3, solvers.dpm_solver_pp(2)),
+    (3, solvers.dpm_solver_pp(3, as_published=True)),
+    (3, mutant(3, "factor 2 missing")),
+    (3, solvers.unipc(2, corrector=False, lower_order_final=False)),
+    (3, solvers.unipc(1, lower_order_final=False)),
+    (3, solvers.unipc(3)),  # published: the last steps of lower order
+    (3, solvers.deis(2)),
+    (4, solvers.deis(3)),
+    (4, solvers.deis(3, "lam")),
+]
+
+
+@pytest.mark.parametrize(("order", "wrong"), MUTANTS)
 def test_mutants_fail_the_slope_test(order, wrong):
     assert slope(wrong, process.vp_linear(), grid=zigzag) < order - 0.1
 
