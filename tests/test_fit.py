@@ -57,9 +57,13 @@ def test_any_numbers_solve_a_point_mass_exactly(p):
 def test_standard_solvers_are_of_this_form(p):
     """Unrolled into it and back, and run by the differentiable rollout, they are what they were."""
     found = fit.standard(p, 6, ("deis(order=3, variable='lam')", "unipc(order=3)", "dpm_solver_pp(order=2)", "heun"))
-    assert len(found) == 24  # on 4 grids to two ends; Heun evaluates a time twice
+    assert len(found) == 36  # on auto's 12 grids; Heun evaluates a time twice
     x = p.prior(jax.random.key(0), (3, 2), dtype=jnp.float64)
-    for name in ("deis(order=3, variable='lam'), logsnr", "unipc(order=3), uniform", "dpm_solver_pp(order=2), karras"):
+    for name in (
+        "deis(order=3, variable='lam') on logsnr to 0 after t_min",
+        "unipc(order=3) on uniform to 0",
+        "dpm_solver_pp(order=2) on karras to 0 after t_min",
+    ):
         T = found[name]
         params = fit.from_tableau(T)
         np.testing.assert_allclose(fit.to_tableau(p, params).unrolled(), T.unrolled(), rtol=1e-6, atol=1e-8)

@@ -1,7 +1,7 @@
 """A solver fitted to a model by gradient: Adam on every entry of the table, on trajectories of the model itself."""
 
+import contextlib
 import functools
-import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,17 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from jdiff import solvers, times
 from jdiff.process import Process
+from jdiff.solvers.auto import CANDIDATES, tables
 from jdiff.tableau import Tableau
 
 from .free import Params, coefficients, from_tableau, rollout, to_tableau
 from .reference import Reference, Source, as_argument, disjoint, hashes, model_at
-
-STANDARD = (
-    "ddim", "dpm_solver_pp(order=2)", "dpm_solver_pp(order=2, form='heun')", "dpm_solver_pp(order=3)", "deis(order=3)",
-    "deis(order=2, variable='lam')", "deis(order=3, variable='lam')", "unipc(order=2)", "unipc(order=3)",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -44,24 +39,15 @@ class Fit:
     meta: Mapping[str, Any]
 
 
-def standard(process: Process, nfe: int, names: Sequence[str] = STANDARD) -> dict[str, Tableau]:
-    """ "solver, grid" -> Tableau: the standard solvers of `nfe` evaluations that are of the free table's form.
-
-    On every standard grid to sigma = 0, and on those of the formulas' own end at t_min ("solver, grid to t_min").
-    """
+def standard(process: Process, nfe: int, names: Sequence[str] = CANDIDATES) -> dict[str, Tableau]:
+    """ "solver on grid" -> Tableau: what `solvers.auto` tries (`auto.tables`), as far as it is of the free table's form
+    and spends `nfe` evaluations."""
     found = {}
-    for name, (grid, make), end in itertools.product(names, times.ALL.items(), (0.0, process.t_min)):
-        solver = solvers.parse(name)
-        try:
-            n = solver.steps(nfe)
-            while end > 0 and solver(process, make(process, n, end=end)).nfe > nfe:
-                n -= 1  # a step that does not end at sigma = 0 may cost more
-            T = solver(process, make(process, n, end=end))
+    for (name, grid), (T, _) in tables(process, tuple(names), nfe).items():
+        with contextlib.suppress(ValueError):  # not exact on point masses (Euler in t, say), or a time met twice
             from_tableau(T)
-        except ValueError:  # too few evaluations for it, or (Euler in t, say) not exact on point masses
-            continue
-        if T.nfe == nfe:
-            found[f"{name}, {grid}" + (" to t_min" if end else "")] = T
+            if T.nfe == nfe:
+                found[f"{name} on {grid}"] = T
     return found
 
 
@@ -152,19 +138,19 @@ def table(
     candidates = standard(process, nfe) if candidates is None else candidates
     if not candidates:
         raise ValueError(f"no standard solver has {nfe} network evaluations; expected 1 or more, or candidates")
-    tables = {name: from_tableau(T, least=1e-3) for name, T in candidates.items()}
+    begins = {name: from_tableau(T, least=1e-3) for name, T in candidates.items()}
     dtype, batch = jnp.asarray(train.x).dtype, min(batch, len(train))
     score = lambda params, ref: float(objective(jnp.asarray(squares(source, params, ref)), weight))
     few = train[: max(batch, 512)]
-    ranked = sorted(tables, key=lambda name: (np.nan_to_num(score(tables[name], few), nan=np.inf), name))
-    best = (np.inf, tables[ranked[0]], ranked[0])
+    ranked = sorted(begins, key=lambda name: (np.nan_to_num(score(begins[name], few), nan=np.inf), name))
+    best = (np.inf, begins[ranked[0]], ranked[0])
     chunks = 20
     steps = max(chunks, steps // chunks * chunks)
     optimiser, history = _optimiser(rate, steps), []
     data = (jnp.asarray(train.x), jnp.asarray(train.target), jnp.asarray(train.index))
     firsts = ranked[:starts]
     for s, name in enumerate(firsts):
-        params = jax.tree.map(lambda a: jnp.asarray(a, dtype), tables[name])
+        params = jax.tree.map(lambda a: jnp.asarray(a, dtype), begins[name])
         state = (params, optimiser.init(params))
         key = jax.random.fold_in(jax.random.key(seed), s)
         for c in range(chunks + 1):
@@ -183,7 +169,7 @@ def table(
     params = jax.tree.map(lambda a: np.asarray(a, np.float64), best[1])
     reference = ("Shaul et al. 2024, bespoke non-stationary solvers, arXiv 2403.01329; fitted to this model",)
     fitted = to_tableau(process, params, f"fitted_{nfe}", reference)
-    top = min(ranked[:8], key=lambda name: score(tables[name], valid))
+    top = min(ranked[:8], key=lambda name: score(begins[name], valid))
     meta = {
         "nfe": nfe, "start": best[2], "steps": steps, "batch": batch, "rate": rate, "weight": weight, "seed": seed,
         "train": len(train), "train seed": train.seed, "valid": len(valid), "valid seed": valid.seed,
