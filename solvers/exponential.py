@@ -61,11 +61,19 @@ def half_step(m: np.ndarray, H: float) -> np.ndarray:
     return np.array([m[0], H / 2]) if len(m) == 2 and np.isfinite(H) else half(m, H)
 
 
-def step(
-    g: Grid, i: int, j: int, x: Value, points: Outputs, kind: str = "x0", eta: float = 0.0, rule: Rule = exact
+def integrate(
+    begin: tuple[Any, Any],
+    end: tuple[Any, Any],
+    h: Any,
+    x: Value,
+    points: list[tuple[Any, Value]],
+    kind: str = "x0",
+    eta: float = 0.0,
+    rule: Rule = exact,
 ) -> Value:
-    """The mean of the step from grid point i to j: x at i, and the polynomial through outputs at `points`."""
-    a0, s0, a1, s1, h = g.a[i], g.s[i], g.a[j], g.s[j], g.lam[j] - g.lam[i]
+    """The mean of a step of h in lam from x, (alpha, sigma) = begin, to end: the polynomial through outputs (r, F) at
+    the fractions r of the step."""
+    (a0, s0), (a1, s1) = begin, end
     if s1 == 0 or (len(points) == 1 and np.isinf(h) and eta == 0):  # F held: closed forms without h
         keep, hold = (s1 / s0, a1 - a0 * s1 / s0) if kind == "x0" else (a1 / a0, s1 - s0 * a1 / a0)
         return keep * x + hold * points[0][1]
@@ -73,14 +81,23 @@ def step(
     keep, scale = (s1 / s0) * (np.exp(-eta * h) if eta else 1.0), a1
     if kind == "eps":
         keep, scale = a1 / a0, (1.0 + eta) * s1
-    r = np.array([0.0 if k == i else 1.0 if k == j else (g.lam[k] - g.lam[i]) / h for k, _ in points])
-    k = np.arange(len(r))
-    factorial = np.cumprod(np.maximum(k, 1))
-    w = np.linalg.solve(r[None, :] ** k[:, None], factorial * rule(moments(H, len(r)), H))
+    k = np.arange(len(points))
+    powers = np.array([r for r, _ in points])[None, :] ** k[:, None]
+    w = np.linalg.solve(powers, np.cumprod(np.maximum(k, 1)) * rule(moments(H, len(k)), H))
     y = keep * x
     for weight, (_, F) in zip(w, points, strict=True):
         y = y + (scale * weight) * F
     return y
+
+
+def step(
+    g: Grid, i: int, j: int, x: Value, points: Outputs, kind: str = "x0", eta: float = 0.0, rule: Rule = exact
+) -> Value:
+    """`integrate` from grid point i to j, x at i, through outputs at the grid points of `points`."""
+    h = g.lam[j] - g.lam[i]
+    at = lambda k: 0.0 if k == i else 1.0 if k == j else (g.lam[k] - g.lam[i]) / h
+    outputs = [(at(k), F) for k, F in points]
+    return integrate((g.a[i], g.s[i]), (g.a[j], g.s[j]), h, x, outputs, kind, eta, rule)
 
 
 def noise_std(g: Grid, i: int, j: int, eta: float, kind: str = "x0") -> float:

@@ -9,7 +9,7 @@ import numpy as np
 from jdiff.predict import convert
 from jdiff.trace import Grid, Model, Noise, Solver, Value
 
-from .weights import moments
+from .exponential import exact, half, integrate
 
 KINDS, STARTS, DERIVATIVES = ("x0", "eps"), ("multistep", "singlestep"), ("full", "low", "halved")
 
@@ -55,29 +55,14 @@ def nfe(decisions: Sequence[Decision]) -> int:
 def _step(g: Grid, i: int, to: float, x: Value, first: Value, others: list[tuple[Any, Value]], kind: str, how: str):
     """From point i by h to lam[i] + to h: `first` is the output there, others (r, output) at lam[i] + r h."""
     p, h = g.process, g.h(i) * to
-    if to == 1.0:
-        a1, s1 = g.a[i + 1], g.s[i + 1]
-    else:
+    end = (g.a[i + 1], g.s[i + 1])
+    if to < 1.0:
         t = p.t_of_lam(g.lam[i] + h)
-        a1, s1 = p.alpha(t), p.sigma(t)
-    if s1 == 0 or g.a[i] == 0 or kind == "x0":
-        if s1 == 0:
-            return a1 * first
-        m, y, scale = moments(h, 4), (s1 / g.s[i]) * x, a1
-    else:
-        m, y, scale = -moments(-h, 4), (a1 / g.a[i]) * x, -s1  # int e^(h-u): the same with the sign of h turned
-    y = y + (scale * m[0]) * first
-    if not others:
-        return y
-    if how != "full":
-        r, out = others[-1] if others[-1][0] > 0 else others[0]
-        return y + (scale * (m[0] / 2 if how == "halved" else m[1]) / (r / to)) * (out - first)
-    j = np.arange(1, len(others) + 1)
-    r = np.array([r / to for r, _ in others], np.float64)
-    w = np.linalg.solve(r[None, :] ** (j - 1)[:, None], np.cumprod(j) * m[1 : 1 + len(j)])
-    for weight, rk, (_, out) in zip(w, r, others, strict=True):
-        y = y + (scale * weight / rk) * (out - first)
-    return y
+        end = (p.alpha(t), p.sigma(t))
+    if others and how != "full":
+        others = [others[-1] if others[-1][0] > 0 else others[0]]
+    points = [(0.0, first), *((r / to, out) for r, out in others)]
+    return integrate((g.a[i], g.s[i]), end, h, x, points, kind, rule=half if how == "halved" else exact)
 
 
 def schedule(decisions: Sequence[Decision]) -> Solver:
