@@ -19,7 +19,8 @@ from jax.tree_util import Partial
 from jaxtyping import PyTree
 
 from jdiff.predict import check_kind, convert, model_time
-from jdiff.process import Process, Time, _reciprocal
+from jdiff.process import Process, Time
+from jdiff.process.base import reciprocal
 
 
 @jax.tree_util.register_dataclass
@@ -134,7 +135,7 @@ class _Preconditioned:
         a, s = p.alpha(t), p.sigma(t)
         # in (a, s), so that alpha = 0 divides by nothing: c_in y = x / sqrt(s^2 + d2 a^2)
         norm = jnp.sqrt(s * s + d2 * a * a)
-        r = s * _reciprocal(jnp.maximum(a, 1e-6))
+        r = s * reciprocal(jnp.maximum(a, 1e-6))
         lowest = float(p.sigma(p.t_min) / p.alpha(p.t_min))
         out = self.fn(params, x / norm, 0.25 * jnp.log(jnp.maximum(r, lowest)), *cond)
         return (d2 * a / norm**2) * x + (self.sigma_data * s / norm) * out

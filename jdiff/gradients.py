@@ -21,7 +21,7 @@ from jaxtyping import Array, PyTree
 
 from jdiff import execute, inversion
 from jdiff.denoiser import Denoiser
-from jdiff.ode import _position, _scale, _slope
+from jdiff.ode.variables import flow_slope, position, scale
 from jdiff.predict import wide
 from jdiff.tableau import Tableau
 
@@ -144,8 +144,8 @@ def adjoint(
         t, rows = t[:-1], ("t", "A", "B", "C")
         tableau = tableau.replace(**{name: getattr(tableau, name)[:-1] for name in rows})
     if len(t) > 1:
-        u = jnp.asarray([_position(p, variable, s) for s in t], x.dtype)
-        ends = (float(_scale(p, variable, t[0])), float(_scale(p, variable, t[-1])))
+        u = jnp.asarray([position(p, variable, s) for s in t], x.dtype)
+        ends = (float(scale(p, variable, t[0])), float(scale(p, variable, t[-1])))
         x = _adjoint((order, variable, *ends), denoiser, tableau, u, x)
     return denoiser(x, t[-1]) if to_data else x
 
@@ -176,7 +176,7 @@ def _adjoint_backward(static, kept, slope):
 
     def field(u, state):
         z, a, _ = state
-        dz, pull = jax.vjp(lambda floats, z: _slope(join(floats), variable, u, z), floats, z)
+        dz, pull = jax.vjp(lambda floats, z: flow_slope(join(floats), variable, u, z), floats, z)
         to_floats, to_z = pull(-a)
         return dz, to_z, to_floats
 

@@ -19,7 +19,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from jdiff.process import Process, Time, _reciprocal
+from jdiff.process import Process, Time
+from jdiff.process.base import reciprocal
 
 Prediction = Literal["x0", "eps", "v", "score", "velocity"]
 KINDS: tuple[str, ...] = get_args(Prediction)
@@ -46,19 +47,19 @@ def _x0(p: Process, kind: str, t: Time, x: Any, out: Any) -> Any:
     if kind == "x0":
         return out
     if kind == "eps":
-        return _reciprocal(a) * (x - s * out)
+        return reciprocal(a) * (x - s * out)
     if kind == "score":
-        return _reciprocal(a) * (x + s * s * out)
+        return reciprocal(a) * (x + s * s * out)
     if kind == "v":
         return (1.0 / (a * a + s * s)) * (a * x - s * out)
     da, ds = p.dalpha(t), p.dsigma(t)
-    return _reciprocal(a * ds - s * da) * (ds * x - s * out)
+    return reciprocal(a * ds - s * da) * (ds * x - s * out)
 
 
 def _eps(p: Process, kind: str, t: Time, x: Any, out: Any) -> Any:
     a, s = p.alpha(t), p.sigma(t)
     if kind == "x0":
-        return _reciprocal(s) * (x - a * out)
+        return reciprocal(s) * (x - a * out)
     if kind == "eps":
         return out
     if kind == "score":
@@ -66,7 +67,7 @@ def _eps(p: Process, kind: str, t: Time, x: Any, out: Any) -> Any:
     if kind == "v":
         return (1.0 / (a * a + s * s)) * (s * x + a * out)
     da, ds = p.dalpha(t), p.dsigma(t)
-    return _reciprocal(a * ds - s * da) * (a * out - da * x)
+    return reciprocal(a * ds - s * da) * (a * out - da * x)
 
 
 def convert(process: Process, x: PyTree, t: Time, out: PyTree, source: str, target: str) -> PyTree:
@@ -87,7 +88,7 @@ def convert(process: Process, x: PyTree, t: Time, out: PyTree, source: str, targ
         if target == "eps":
             return eps
         if target == "score":
-            return -_reciprocal(process.sigma(t)) * eps
+            return -reciprocal(process.sigma(t)) * eps
         x0 = _x0(process, source, t, x, out)
         if target == "v":
             return process.alpha(t) * eps - process.sigma(t) * x0

@@ -1,0 +1,49 @@
+"""A process is two functions of time: x_t = alpha(t) x0 + sigma(t) eps, with eps standard normal.
+
+Everything else follows from alpha and sigma: the half log-SNR lam = log(alpha / sigma), the forward SDE
+dx = f(t) x dt + g(t) dW, the probability-flow ODE, and the conversions in `jdiff.predict`.
+
+Time: t = 0 is data (alpha = 1, sigma = 0, exactly), t = t_max is noise. `t_min` is the last time a grid
+visits before the exact data end where the grid's own formula cannot reach sigma = 0 (log-SNR, Karras).
+Time is a scalar or an array that broadcasts against the sample: one time a sample, a frame, a token, a pixel.
+
+Host and device run the same source: NumPy numbers and arrays are computed in float64 by NumPy, JAX arrays
+(traced or not) by JAX in their own dtype. Formulas are written so that neither end cancels in float32.
+
+Own processes: subclass `Process`, give `alpha`, `sigma`, `dalpha`, `dsigma` and `t_of_lam`.
+"""
+
+from .base import Process, Time
+from .reverting import MeanReverting, mean_reverting
+from .straight import EDM, Flow, edm, flow
+from .terminal import ZeroTerminal, zero_terminal_snr
+from .vp import VPCosine, VPDiscrete, VPLinear, vp_cosine, vp_discrete, vp_linear
+
+ALL = {
+    "vp_linear": vp_linear,
+    "vp_cosine": vp_cosine,
+    "vp_discrete": vp_discrete,
+    "edm": edm,
+    "flow": flow,
+    "mean_reverting": mean_reverting,
+}
+
+__all__ = [
+    "ALL",
+    "EDM",
+    "Flow",
+    "MeanReverting",
+    "Process",
+    "Time",
+    "VPCosine",
+    "VPDiscrete",
+    "VPLinear",
+    "ZeroTerminal",
+    "edm",
+    "flow",
+    "mean_reverting",
+    "vp_cosine",
+    "vp_discrete",
+    "vp_linear",
+    "zero_terminal_snr",
+]

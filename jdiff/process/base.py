@@ -1,0 +1,126 @@
+"""The base of all processes, and the helpers that let one source run on the host and under a trace."""
+
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, PyTree
+
+from jdiff import noise
+
+Time = Any  # float, NumPy array or JAX array; any shape that broadcasts against the sample
+
+
+def xp_of(t: Time) -> ModuleType:
+    """JAX for JAX arrays, NumPy for all else."""
+    return jnp if isinstance(t, jax.Array) else np
+
+
+def float_(t: Time) -> Any:
+    """t itself where it is a JAX array, float64 else."""
+    return t if isinstance(t, jax.Array) else np.asarray(t, np.float64)
+
+
+def reciprocal(x: Any) -> Any:
+    """1 / x, and 0 where x is 0."""
+    xp = xp_of(x)
+    return xp.where(x == 0, 0.0, 1.0 / xp.where(x == 0, 1.0, x))
+
+
+@dataclass(frozen=True)
+class Process:
+    """Base of all processes; frozen and hashable, so that it may be a static argument of compiled functions."""
+
+    t_min: float
+    t_max: float
+
+    def alpha(self, t: Time) -> Any:
+        """Signal scale at time t, shaped like t."""
+        raise NotImplementedError
+
+    def sigma(self, t: Time) -> Any:
+        """Noise standard deviation at time t, shaped like t."""
+        raise NotImplementedError
+
+    def dalpha(self, t: Time) -> Any:
+        """d alpha / dt."""
+        raise NotImplementedError
+
+    def dsigma(self, t: Time) -> Any:
+        """d sigma / dt; huge but finite where sigma has an infinite slope (VP processes at t = 0)."""
+        raise NotImplementedError
+
+    def t_of_lam(self, lam: Any) -> Any:
+        """The time at which the half log-SNR is lam; +inf gives 0."""
+        raise NotImplementedError
+
+    @property
+    def prior_std(self) -> float:
+        """Standard deviation of the prior from which sampling starts."""
+        return float(self.sigma(self.t_max))
+
+    def lam(self, t: Time) -> Any:
+        """Half log-SNR log(alpha / sigma): rises from noise to data; +inf at t = 0, -inf where alpha = 0."""
+        t = float_(t)
+        with np.errstate(divide="ignore"):
+            return xp_of(t).log(self.alpha(t)) - xp_of(t).log(self.sigma(t))
+
+    def drift(self, t: Time) -> Any:
+        """f(t) of the forward SDE dx = f x dt + g dW: d log alpha / dt."""
+        return self.dalpha(t) / self.alpha(t)
+
+    def diffusion(self, t: Time) -> Any:
+        """g(t) of the forward SDE: g^2 = d sigma^2/dt - 2 f sigma^2 (Kingma et al. 2021, eq. 2)."""
+        s = self.sigma(t)
+        g2 = 2.0 * s * self.dsigma(t) - 2.0 * self.drift(t) * s * s
+        return xp_of(g2).sqrt(xp_of(g2).maximum(g2, 0.0))
+
+    def mix(self, x0: PyTree, eps: PyTree, t: Time) -> PyTree:
+        """alpha(t) x0 + sigma(t) eps, leaf by leaf."""
+        a, s = self.alpha(t), self.sigma(t)
+        return jax.tree.map(lambda x, e: a * x + s * e, x0, eps)
+
+    def diffuse(self, key: Array, x0: PyTree, t: Time, index: Array | None = None) -> PyTree:
+        """A draw of x_t given x0; sample i's noise depends on key and index[i] (default i) alone."""
+        x0 = jax.tree.map(jnp.asarray, x0)
+        t = jnp.asarray(t, jax.tree.leaves(x0)[0].dtype)
+        return self.mix(x0, noise.normal(key, x0, index), t)
+
+    def prior(self, key: Array, shape: tuple[int, ...], index: Array | None = None, dtype: Any = None) -> Array:
+        """Noise at t_max, shape (batch, ...): what sampling starts from; keyed by sample as in `diffuse`."""
+        like = jax.ShapeDtypeStruct(shape, jnp.float32 if dtype is None else dtype)
+        return self.prior_std * noise.normal(key, like, index)
+
+    def check_times(self, t: Any, name: str = "times") -> np.ndarray:
+        """Host check of a time grid: finite, inside [0, t_max], strictly falling, at least two. Float64 copy."""
+        t = np.asarray(t, np.float64)
+        if t.ndim < 1 or t.shape[0] < 2:
+            raise ValueError(f"{name} has shape {t.shape}; expected (n + 1,) with n >= 1 steps, from noise to data")
+        if not np.isfinite(t).all():
+            i = int(np.argwhere(~np.isfinite(t))[0][0])
+            raise ValueError(f"{name}[{i}] is {t[i]}; every time must be finite")
+        if t.min() < 0 or t.max() > self.t_max * (1 + 1e-12):
+            bad = t.flat[int(np.argmax((t < 0) | (t > self.t_max * (1 + 1e-12))))]
+            raise ValueError(
+                f"{name} holds {bad:.6g}, outside [0, {self.t_max:g}] of {self}; 0 is data, {self.t_max:g} noise"
+            )
+        bad = np.argwhere(np.diff(t, axis=0) >= 0)
+        if len(bad):
+            i = int(bad[0][0])
+            what = "is repeated" if np.any(t[i] == t[i + 1]) else "rises"
+            raise ValueError(
+                f"{name} must fall strictly from noise to data, but {what}: {name}[{i}] = {t[i]}, {name}[{i + 1}] = "
+                f"{t[i + 1]}; drop repeated times, or reverse a grid that runs from data to noise"
+            )
+        return t
+
+
+def check_t_min(t_min: float, t_max: float) -> float:
+    if not 0 < t_min < t_max:
+        raise ValueError(
+            f"expected 0 < t_min < {t_max:g}, got {t_min=}; the exact data end t = 0 is always in the range"
+        )
+    return float(t_min)
