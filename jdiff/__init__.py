@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from jdiff import order as order
     from jdiff import reproduce as reproduce
     from jdiff import solvers as solvers
+    from jdiff import steering as steering
     from jdiff import starts as starts
     from jdiff import train as train
 
@@ -58,6 +59,7 @@ _LAZY = {
     "order",
     "reproduce",
     "solvers",
+    "steering",
     "starts",
     "train",
 }
