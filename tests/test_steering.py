@@ -194,5 +194,5 @@ def test_bad_input():
         go(steering.fk(lambda x: x))
     with pytest.raises(ValueError, match="potential is 'best'"):
         steering.fk(linear, potential="best")
-    with pytest.raises(FloatingPointError, match="at step 1 of 40 .* particle 0 of group 0 got the log-weight nan"):
+    with pytest.raises(FloatingPointError, match=r"at step 1 of 40 .* particle 0 of group 0 got the log-weight nan"):
         go(steering.fk(lambda x: x[:, 0] * jnp.nan))
