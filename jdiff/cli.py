@@ -227,20 +227,21 @@ def reproduce(name: str, args: Sequence[str]) -> None:
 
 
 def listing(group: str | None = None) -> None:
-    """Print processes, time grids, solvers, nets and experiments, a line each; or one group of them.
+    """Print processes, time grids, solvers, guidance, nets and experiments, a line each; or one group of them.
 
     ValueError for an unknown group. `listing("solvers")` prints order, cost, prediction, noise, use and source.
     """
     from rich.console import Console
     from rich.table import Table
 
-    from jdiff import nets, process, reproduce, solvers, times
+    from jdiff import guidance, nets, process, reproduce, solvers, times
 
     line = lambda fn: (fn.__doc__ or "").strip().splitlines()[0]
     groups: dict[str, Callable[[], dict[str, str]]] = {
         "processes": lambda: {k: line(f) for k, f in process.ALL.items()},
         "grids": lambda: {k: line(f) for k, f in times.ALL.items()},
         "solvers": lambda: {k: line(f) for k, f in solvers.ALL.items()},
+        "guidance": lambda: {k: line(f) for k, f in guidance.ALL.items()},
         "nets": lambda: {k: preset.doc for k, preset in nets.PRESETS.items()},
         "experiments": lambda: {k: reproduce.find(k).summary.splitlines()[0] for k in reproduce.names()},
     }

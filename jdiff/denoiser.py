@@ -65,7 +65,7 @@ def denoiser(
     fn(x, t), or fn(params, x, t) where `params` is given, or with `cond` (labels, embeddings; batch axis first) as
     one more last argument. x is the sample, batch axis first; t is the model time, float32, a scalar () in ordinary
     sampling, otherwise an array that broadcasts against x. fn returns what `prediction` names, shaped like x.
-    An NNX module is split here, so that samplers see arrays only.
+    An NNX module is split here, so that samplers see arrays only; `cond` may be a dict of its keyword arguments.
 
     Pass parameters through `params`: an array that `fn` merely closes over becomes a constant of the program, and
     new values mean a new compilation. Raises ValueError for an unknown prediction, TypeError for a bad fn or process.
@@ -91,7 +91,12 @@ class _ModuleCall:
     graph: Any
 
     def __call__(self, state: PyTree, x: PyTree, t: Time, *cond: PyTree) -> PyTree:
-        return sys.modules["flax.nnx"].merge(self.graph, state)(x, t, *cond)
+        return call_net(sys.modules["flax.nnx"].merge(self.graph, state), x, t, *cond)
+
+
+def call_net(net: Callable[..., PyTree], x: PyTree, t: Time, cond: PyTree | None = None) -> PyTree:
+    """net(x, t, y): the condition is the labels, or a dict of keyword arguments ({"y": labels, "perturb": u})."""
+    return net(x, t, **cond) if isinstance(cond, dict) else net(x, t, cond) if cond is not None else net(x, t)
 
 
 def _no_carry(x: PyTree) -> PyTree:

@@ -11,7 +11,7 @@ from jaxtyping import Array, PyTree
 
 import jdiff.process
 from jdiff import ema, losses
-from jdiff.denoiser import edm_precondition
+from jdiff.denoiser import call_net, edm_precondition
 from jdiff.process import Process, Time
 
 if TYPE_CHECKING:
@@ -106,10 +106,10 @@ class NetCall:
     process: Process
     sigma_data: float | None = None
 
-    def __call__(self, params: PyTree, x: Array, t: Time, y: Array | None = None) -> Array:
+    def __call__(self, params: PyTree, x: Array, t: Time, y: PyTree | None = None) -> Array:
         from flax import nnx
 
-        call = lambda params, x, t: nnx.merge(self.graph, params)(x, t, y)
+        call = lambda params, x, t: call_net(nnx.merge(self.graph, params), x, t, y)
         if self.sigma_data is not None:
             call = edm_precondition(call, self.process, self.sigma_data)
         return call(params, x, t)

@@ -54,10 +54,12 @@ class Block(nnx.Module):
         self.mlp_in = Linear(width, hidden, kernel_init=xavier, **options)
         self.mlp_out = Linear(hidden, width, kernel_init=xavier, **options)
 
-    def __call__(self, x: Float[Array, "b n d"], c: Float[Array, "b2 n2 d"]) -> Float[Array, "b n d"]:
-        """x: tokens; c: conditioning a sample (n2 = 1) or a token (n2 = n)."""
+    def __call__(
+        self, x: Float[Array, "b n d"], c: Float[Array, "b2 n2 d"], perturb: Array | None = None
+    ) -> Float[Array, "b n d"]:
+        """x: tokens; c: conditioning a sample (n2 = 1) or a token (n2 = n); perturb: see `SelfAttention`."""
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(self.modulation(jax.nn.silu(c)), 6, axis=-1)
-        x = x + gate1 * self.attention(modulate(layer_norm(x), shift1, scale1))
+        x = x + gate1 * self.attention(modulate(layer_norm(x), shift1, scale1), perturb)
         hidden = jax.nn.gelu(self.mlp_in(modulate(layer_norm(x), shift2, scale2)), approximate=True)
         return x + gate2 * self.mlp_out(hidden)
 
@@ -171,12 +173,17 @@ class DiT(Net):
     def num_blocks(self) -> int:
         return self.depth
 
+    @property
+    def attention_heads(self) -> tuple[int, ...]:
+        return (self.blocks.attention.heads,) * self.depth
+
     def __call__(
         self,
         x: Float[Array, "b height width c"],
         t: ArrayLike,
         y: ArrayLike | None = None,
         blocks: ArrayLike | None = None,
+        perturb: ArrayLike | None = None,
     ) -> Float[Array, "b height width c"]:
         """The network's output for images x at times t with labels y.
 
@@ -187,6 +194,8 @@ class DiT(Net):
             y: integer labels, (b,) or a scalar; None is the null label. A label that is no class gives NaN.
             blocks: (num_blocks,), 0 where a block is skipped (the identity in its place, at no cost) as in
                 AutoDiffusion (2309.10438). An argument of the program: one serves all masks. None runs all.
+            perturb: u in [0, 1] a layer and head, (depth, heads) or (b, depth, heads): attention maps become
+                (1 - u) A + u I, as in SoftPAG (2506.10978). None costs nothing.
 
         Returns:
             x's shape; float64 where x is float64, else float32, whatever `dtype` is.
@@ -195,12 +204,13 @@ class DiT(Net):
             ValueError: an image, time, label or mask that does not fit, when traced.
         """
         h, c = self.embed(x, t, y)
-        step = rematerialise(lambda h, block: (block(h, c), None), self.remat, scanned=True)
+        step = rematerialise(lambda h, layer: (layer[0](h, c, *layer[1:]), None), self.remat, scanned=True)
+        layers = (self.blocks,) if perturb is None else (self.blocks, self._perturbation(perturb, x.shape[0]))
         if blocks is None:
-            h, _ = jax.lax.scan(step, h, self.blocks, unroll=self.unroll)
+            h, _ = jax.lax.scan(step, h, layers, unroll=self.unroll)
         else:
             masked = lambda h, kept: jax.lax.cond(kept[0], lambda h: step(h, kept[1]), lambda h: (h, None), h)
-            h, _ = jax.lax.scan(masked, h, (self._mask(blocks), self.blocks), unroll=self.unroll)
+            h, _ = jax.lax.scan(masked, h, (self._mask(blocks), layers), unroll=self.unroll)
         return self.project(h, c).astype(wide(x.dtype))
 
     def embed(

@@ -188,6 +188,23 @@ class Net(nnx.Module):
         return jnp.broadcast_to(y, (x.shape[0],))
 
     @property
+    def attention_heads(self) -> tuple[int, ...]:
+        """Heads of each attention layer, in the order of evaluation: what `perturb` has numbers for."""
+        raise NotImplementedError
+
+    def _perturbation(self, perturb: Any, batch: int) -> Float[Array, "layers b2 heads"]:
+        """perturb as (layers, batch or 1, heads); ValueError for another shape."""
+        layers, heads = len(self.attention_heads), max(self.attention_heads, default=0)
+        u = jnp.asarray(perturb)
+        u = u[None] if u.ndim == 2 else u
+        if u.ndim != 3 or u.shape[0] not in (1, batch) or u.shape[1:] != (layers, heads):
+            raise ValueError(
+                f"{self.name}: perturb has shape {np.shape(perturb)}; expected ({layers}, {heads}), a number a layer "
+                f"and head, or ({batch}, {layers}, {heads})"
+            )
+        return u.swapaxes(0, 1)
+
+    @property
     def num_blocks(self) -> int:
         """Length of the mask `blocks` that says which residual blocks run."""
         raise NotImplementedError
@@ -297,6 +314,11 @@ class SelfAttention(nnx.Module):
         self.qkv = Linear(width, 3 * width, kernel_init=xavier, **options)
         self.out = Linear(width, width, kernel_init=out_init, **options)
 
-    def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+    def __call__(self, x: Float[Array, "b n d"], perturb: Float[Array, "b2 heads"] | None = None) -> Array:
+        """perturb: u a head, a sample (or 1 for all): attention maps become (1 - u) A + u I (2506.10978)."""
         q, k, v = rearrange(self.qkv(x), "b n (three heads d) -> three b n heads d", three=3, heads=self.heads)
-        return self.out(rearrange(self.attention(q, k, v), "b n heads d -> b n (heads d)"))
+        h = self.attention(q, k, v)
+        if perturb is not None:  # any attention function: (1 - u) A v + u v
+            u = perturb[:, None, : self.heads, None].astype(h.dtype)
+            h = (1 - u) * h + u * v
+        return self.out(rearrange(h, "b n heads d -> b n (heads d)"))

@@ -72,15 +72,17 @@ class Block(nnx.Module):
         self.norm_attention = GroupNorm(out, param_dtype) if heads else None
         self.attention = SelfAttention(out, heads, attention=attention, out_init=zeros, **options) if heads else None
 
-    def __call__(self, x: Float[Array, "b h w c"], c: Float[Array, "b2 h2 w2 d"]) -> Float[Array, "b h3 w3 o"]:
-        """x: features; c: conditioning a sample (h2 = w2 = 1) or a pixel of the output."""
+    def __call__(
+        self, x: Float[Array, "b h w c"], c: Float[Array, "b2 h2 w2 d"], perturb: Array | None = None
+    ) -> Float[Array, "b h3 w3 o"]:
+        """x: features; c: conditioning a sample (h2 = w2 = 1) or a pixel of the output; perturb: of the attention."""
         h = self.conv_in(resample(jax.nn.silu(self.norm_in(x)), self.to))
         scale, shift = jnp.split(self.modulation(jax.nn.silu(c)), 2, axis=-1)
         h = self.conv_out(jax.nn.silu(modulate(self.norm_out(h), shift, scale)))
         x = self.shortcut(x) + h
         if self.attention is not None and self.norm_attention is not None:
             tokens = rearrange(self.norm_attention(x), "b h w c -> b (h w) c")
-            x = x + self.attention(tokens).reshape(x.shape)
+            x = x + self.attention(tokens, perturb).reshape(x.shape)
         return x
 
     def shortcut(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h3 w3 o"]:
@@ -208,30 +210,39 @@ class UNet(Net):
     def num_blocks(self) -> int:
         return len(self.down) + len(self.middle) + len(self.up)
 
+    @property
+    def attention_heads(self) -> tuple[int, ...]:
+        attentions = [block.attention for block in (*self.down, *self.middle, *self.up)]
+        return tuple(a.heads for a in attentions if a is not None)
+
     def __call__(
         self,
         x: Float[Array, "b height width c"],
         t: ArrayLike,
         y: ArrayLike | None = None,
         blocks: ArrayLike | None = None,
+        perturb: ArrayLike | None = None,
     ) -> Float[Array, "b height width c"]:
         """The network's output for images x at times t with labels y.
 
         As `DiT.__call__`: x (b, image_size, image_size, channels); t a scalar, (b,), or any shape that
         broadcasts against x, averaged to each resolution; y integer labels, None for the null label; blocks
-        (num_blocks,) over down, middle and up, 0 where only the shortcut of a block passes. Returns
-        x's shape in float64 where x is float64, else float32. ValueError, when traced, for what does not fit.
+        (num_blocks,) over down, middle and up, 0 where only the shortcut of a block passes; perturb (layers, most
+        heads) or with the batch in front, over the attention layers in their order. Returns x's shape in float64
+        where x is float64, else float32. ValueError, when traced, for what does not fit.
         """
         y = self._check(x, y)
         mask = None if blocks is None else iter(self._mask(blocks))
         levels = self.down[-1].level + 1
         cond = [self.conditioning(pool_time(t, x.shape, 2**level), y) for level in range(levels)]
-        whole = rematerialise(lambda block, h: block(h, cond[block.level]), self.remat, scanned=False)
+        us = None if perturb is None else iter(self._perturbation(perturb, x.shape[0]))
+        whole = rematerialise(lambda block, h, u: block(h, cond[block.level], u), self.remat, scanned=False)
 
         def run(block: Block, h: Array) -> Array:
+            u = None if us is None or block.attention is None else next(us)
             if mask is None:
-                return whole(block, h)
-            return jax.lax.cond(next(mask), lambda h: whole(block, h), block.shortcut, h)
+                return whole(block, h, u)
+            return jax.lax.cond(next(mask), lambda h: whole(block, h, u), block.shortcut, h)
 
         h = self.conv_in(x.astype(self.dtype))
         skips = [h]
