@@ -19,7 +19,8 @@ import numpy as np
 from jax.tree_util import Partial
 
 from jdiff.predict import wide
-from jdiff.process import Process, _reciprocal
+from jdiff.process import Process
+from jdiff.process.base import reciprocal
 
 Weight = Any  # a number, an array that broadcasts against the sample, or a function of t that returns one
 
@@ -134,7 +135,7 @@ class _Score:
 
     def __call__(self, scale: Any, t: Any) -> jax.Array:
         a, s = self.process.alpha(t), self.process.sigma(t)
-        return at(scale, t, t) * (s * s * _reciprocal(a))
+        return at(scale, t, t) * (s * s * reciprocal(a))
 
 
 Schedule = Callable[[Any], jax.Array]
