@@ -46,7 +46,7 @@ class Linear:
     def __mul__(self, factor: Any) -> "Linear":
         if isinstance(factor, Linear):
             raise TypeError("a tableau is linear: cannot multiply two symbols; write a Stepper for nonlinear updates")
-        return Linear(self.tape, ((np.asarray(factor, np.float64), self),))
+        return Linear(self.tape, ((_number(factor), self),))
 
     def __truediv__(self, divisor: Any) -> "Linear":
         return self * (1.0 / np.asarray(divisor, np.float64))
@@ -60,11 +60,17 @@ class Linear:
     __radd__, __rmul__ = __add__, __mul__
 
 
+def _number(value: Any) -> Any:
+    """float64: an array of a sample's shape, or a float, which multiplies faster than an array of no dimensions."""
+    value = np.asarray(value, np.float64)
+    return value if value.ndim else float(value)
+
+
 def constant(like: Value, value: Any) -> Value:
     """A constant, in a sampler: as a symbol beside symbols, itself beside arrays. After the first evaluation only."""
     if not isinstance(like, Linear):
         return value
-    return Linear(like.tape, ((np.asarray(value, np.float64), like.tape.one),))
+    return Linear(like.tape, ((_number(value), like.tape.one),))
 
 
 @dataclass
@@ -302,11 +308,13 @@ def trace(
 def _flatten(node: Linear) -> dict[Linear, Any]:
     """The node over inputs, outputs, noises and nodes of earlier segments."""
     total: dict[Linear, Any] = {}
-    stack: list[tuple[Any, Linear, bool]] = [(np.float64(1.0), node, True)]
+    stack: list[tuple[Any, Linear]] = [(factor, child) for factor, child in node.terms] or [(1.0, node)]
+    segment = node.segment
     while stack:
-        c, n, root = stack.pop()
-        if n.terms and (root or n.segment == node.segment):
-            stack.extend((c * factor, child, False) for factor, child in n.terms)
+        c, n = stack.pop()
+        if n.terms and n.segment == segment:
+            for factor, child in n.terms:
+                stack.append((c * factor, child))
         else:
             total[n] = total.get(n, 0.0) + c
     return total

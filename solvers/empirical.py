@@ -12,6 +12,7 @@ overflows. Where the remainder is nothing (a Gaussian with diagonal covariance) 
 """
 
 import functools
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ class _Integrals:
         spline = lambda v: make_interp_spline(table.lam, v, k=1 if as_published else 3)
         self.l, self.L = _once(spline(table.l)), _once(spline(table.l).antiderivative())
         self.S = _once(spline(table.s).antiderivative())
+        self.step = functools.lru_cache(4)(self._step)  # the corrector repeats the predictor's step
         b = np.exp(-self.S(table.lam)) * table.b
         self.B = _once(spline(b).antiderivative()) if np.any(table.b) else None
 
@@ -52,6 +54,13 @@ class _Integrals:
         u = lam[first : last + 1]
         w = np.diff(u, prepend=u[0]) + np.diff(u, append=u[-1])
         return u, 0.5 * w
+
+    def _step(self, start: float, end: float) -> tuple[np.ndarray, Any]:
+        """int w (u - start)^k du, k < 4, and int w beta du, over a step."""
+        u, w = self.nodes(start, end)
+        weight = (w * np.exp(self.L(u) + self.S(u) - self.L(start) - self.S(start)).T).T
+        rest = np.sum(weight * self.beta(start, u), 0) if self.B else 0.0
+        return np.tensordot((u - start) ** np.arange(4)[:, None], weight, 1), rest
 
     def inside(self, g: Grid) -> Grid:
         """The grid with its half log-SNRs inside the table; as published they are rounded to the table's."""
@@ -89,7 +98,7 @@ def _derivatives(u: np.ndarray, pseudo: bool) -> np.ndarray:
     T = np.zeros((len(u), len(u)))
     for k in range(len(u)):
         for j in range(k + 1):
-            T[k, j] = 1.0 / np.prod([u[j] - u[m] for m in range(k + 1) if m != j])
+            T[k, j] = 1.0 / math.prod(u[j] - u[m] for m in range(k + 1) if m != j)
     return T
 
 
@@ -136,19 +145,15 @@ def dpm_solver_v3(
         """Step i from x, through (lam, f) of known points, the first of them x's own."""
         start, end = g.lam[i], g.lam[i + 1]
         L, S, points = integrals.L, integrals.S, np.array([lam for lam, _ in known])
-        u, w = integrals.nodes(start, end)
-        weight = (w * np.exp(L(u) + S(u) - L(start) - S(start)).T).T
-        powers = np.tensordot((u - start) ** np.arange(len(known))[:, None], weight, 1)
-        weights = np.tensordot(_derivatives(points, pseudo).T, powers, 1)
+        powers, rest = integrals.step(start, end)
+        weights = np.tensordot(_derivatives(points, pseudo).T, powers[: len(known)], 1)
         scales = [np.exp(S(start) - S(lam)) for lam, _ in known]
         y = (1.0 / g.a[i]) * x
         for c, scale, (_, f) in zip(weights, scales, known, strict=True):
             y = y - (c * scale) * f
         if integrals.B:
-            rest = np.sum(weight * integrals.beta(start, u), 0)
-            y = y - number(
-                x, rest - sum(c * integrals.beta(start, lam) for c, lam in zip(weights, points, strict=True))
-            )
+            known_b = sum(c * integrals.beta(start, lam) for c, lam in zip(weights, points, strict=True))
+            y = y - number(x, rest - known_b)
         return (g.a[i + 1] * np.exp(L(start) - L(end))) * y
 
     def sampler(g: Grid, x: Value, model: Model, noise: Noise) -> Value:
