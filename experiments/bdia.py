@@ -47,7 +47,7 @@ class RoundTrip(Exact):
 angle = np.arange(6) * np.pi / 3
 MODES = exact.mixture(np.full(6, 1 / 6), np.stack([np.cos(angle), np.sin(angle)], 1), [0.04] * 6)
 PROBLEM = RoundTrip(MODES, process.vp_linear(), end=1e-3)
-ONE, HALF = "BDIA, gamma = 1", "BDIA, gamma = 0.5"
+ONE, HALF, EDM = "BDIA, gamma = 1", "BDIA, gamma = 0.5", "BDIA-EDM, gamma = 0.5"
 
 TABLE = table(
     "bdia",
@@ -57,6 +57,9 @@ TABLE = table(
         ONE: Run("bdia", PROBLEM, "uniform"),
         HALF: Run("bdia(gamma=0.5)", PROBLEM, "uniform"),
         "EDICT": Run("edict", PROBLEM, "uniform"),
+        "EDM (Heun)": Run("heun", Exact(MODES, process.vp_linear(), end=1e-3), "uniform"),
+        "BDIA-EDM, gamma = 1": Run("bdia(base='edm')", PROBLEM, "uniform"),
+        EDM: Run("bdia(gamma=0.5, base='edm')", PROBLEM, "uniform"),
     },
     nfe=(10, 20, 40, 80, 160),
     metric="rms",
@@ -78,6 +81,9 @@ TABLE = table(
             lambda e: min(e(ONE, 10), e(HALF, 10)) / e("DDIM, DDIM inversion", 10),
             1.0,
         ),
+        Claim("round trip of BDIA-EDM, gamma = 0.5, at NFE 40, float64", lambda e: e(EDM, 40, "round trip"), 1e-9),
+        Claim("rms of BDIA-EDM, gamma = 0.5, over EDM's at NFE 40", lambda e: e(EDM, 40) / e("EDM (Heun)", 40), 1.0),
+        Claim("the same at NFE 160", lambda e: e(EDM, 160) / e("EDM (Heun)", 160), 1.0),
     ),
     notes=(
         "The cells hold the round trips too (table.csv). The way back divides by gamma at every step, so gamma = 0.5 "

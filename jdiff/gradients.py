@@ -48,6 +48,10 @@ def sample(
     if jax.tree.leaves(denoiser.init(x)):
         raise ValueError("gradient='reversible': this denoiser has memory (a carry), which cannot be rebuilt backwards")
     inverse = inversion.Inverse(*(jnp.asarray(a, wide(dtype)) for a in inversion.reverse(tableau)))
+    if inverse.w.shape[1] > tableau.registers:
+        raise ValueError(
+            f"gradient='reversible': {tableau.record.name} has rows that are undone together; use gradient='checkpoint'"
+        )
     return _reversible(kind, denoiser, rows, inverse, start[0], x)
 
 
@@ -90,7 +94,7 @@ def _reversible_backward(kind, kept, slope):
     def back(carry, both):
         after, slopes, total = carry
         undo, row = both
-        before, _ = inversion.point_and_registers(denoiser, undo, after, kind)
+        before, _ = inversion.one_row(denoiser, undo, after, kind)
         _, pull = jax.vjp(lambda floats, before: row_of(floats, before, row), floats, before)
         to_floats, slopes = pull(slopes)
         return (before, slopes, jax.tree.map(jnp.add, total, to_floats)), None

@@ -6,9 +6,12 @@ Row k maps registers S to S' = A S + B f, with f the output at the point S[0]. T
     2. S follows from S' and f:                S = M (S' - B f),     M A = 1
 
 on the registers that a sampler can reach (a dead register need not come back). Then f is evaluated once more, at the
-same point as on the way there, and nothing is lost but rounding. w and M are found from the table, on the host. BDIA
-and EDICT qualify, and so does any table of your own with a second register that keeps the point; DDIM, Heun and
-multistep methods move the point by f itself, so that it would have to be solved for: they are refused.
+same point as on the way there, and nothing is lost but rounding. Rows that cannot be undone alone may be undone
+together: of m rows the first point must follow from the registers after them, the second from these and the first
+output, and so on; so a step of two stages is read backwards, if the state before it was kept. All weights are found
+from the table, on the host. BDIA and EDICT qualify, and so does any table of your own with a second register that
+keeps the point; DDIM, Heun and multistep methods move the point by f itself, so that it would have to be solved for:
+they are refused.
 """
 
 import functools
@@ -25,14 +28,19 @@ from jdiff.execute import _checked, rows, run, stepper
 from jdiff.predict import convert, model_time, wide
 from jdiff.tableau import Tableau
 
+LONGEST = 3  # rows that are undone together, at most
+
 
 class Inverse(NamedTuple):
-    """Rows of the way back, last row first: t, B as in the tableau; w (K, R) and M (K, R, R) as above."""
+    """The way back as a method of its own, in the order of its evaluations: t (K,), w (K, Q), A (K, Q, Q), B (K, Q).
+
+    f at the point w . S, then S <- A S + B f, on Q values: the R registers, and outputs of rows undone together.
+    """
 
     t: Any
-    B: Any
     w: Any
-    M: Any
+    A: Any
+    B: Any
 
 
 def registers(denoiser: Denoiser, tableau: Tableau, x: PyTree) -> tuple[PyTree, ...]:
@@ -56,6 +64,9 @@ def invert(denoiser: Denoiser, tableau: Tableau, registers: Any) -> PyTree:
     that pair. Raises ValueError for a table that cannot be read backwards, with the first row that forbids it.
     """
     inverse = reverse(tableau)
+    if isinstance(registers, tuple) and registers and not any(tableau.record.names[-1][len(registers) :]):
+        nothing = jax.tree.map(jnp.zeros_like, registers[0])  # registers that hold nothing at the end
+        registers = (*registers, *[nothing] * (tableau.registers - len(registers)))
     if not isinstance(registers, tuple) or len(registers) != tableau.registers:
         got = f"{len(registers)}" if isinstance(registers, tuple) else type(registers).__name__
         raise ValueError(
@@ -95,29 +106,28 @@ def combine(weights: Any, values: tuple[PyTree, ...]) -> PyTree:
     return functools.reduce(lambda a, b: jax.tree.map(jnp.add, a, b), scaled)
 
 
-def point_and_registers(
+def one_row(
     denoiser: Denoiser, row: Inverse, after: tuple[PyTree, ...], kind: str
 ) -> tuple[tuple[PyTree, ...], PyTree]:
-    """One row backwards: the registers before it, and the output at their point."""
+    """One row of the way back: the values after it, and the output that it used."""
     x = combine(row.w, after)
     t = model_time(row.t, x)
     out = cast_like(denoiser.apply(x, t, denoiser.init(x))[0], x)
     f = convert(denoiser.process, x, t, out, denoiser.prediction, kind)
-    rest = tuple(
-        jax.tree.map(lambda a, o, b=row.B[r, 0]: a - jnp.asarray(b, a.dtype) * o, v, f) for r, v in enumerate(after)
-    )
-    before = [combine(row.M[r], rest) for r in range(len(after))]
-    return (x, *before[1:]), f
+    weights = jnp.concatenate([row.A, row.B[:, None]], 1)
+    return tuple(combine(weights[q], (*after, f)) for q in range(len(after))), f
 
 
 @functools.partial(jax.jit, static_argnums=3)
 def _invert(denoiser, inverse, registers, kind):
-    step = lambda after, row: (point_and_registers(denoiser, row, after, kind)[0], None)
-    return jax.lax.scan(step, registers, inverse)[0]
+    more = inverse.w.shape[1] - len(registers)
+    values = (*registers, *[jax.tree.map(jnp.zeros_like, registers[0])] * more)
+    step = lambda after, row: (one_row(denoiser, row, after, kind)[0], None)
+    return jax.lax.scan(step, values, inverse)[0][: len(registers)]
 
 
 def reverse(tableau: Tableau, tolerance: float = 1e-9) -> Inverse:
-    """w and M of every row, float64, last row first. ValueError names the first row that cannot be undone."""
+    """The way back, float64. ValueError names the first row that cannot be undone."""
     name = tableau.record.name
     if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(tableau)):
         raise ValueError(
@@ -127,24 +137,59 @@ def reverse(tableau: Tableau, tolerance: float = 1e-9) -> Inverse:
         raise ValueError(f"{name} cannot be read backwards: it has coefficients an element, or constants")
     if tableau.stochastic or tableau.record.outputs > 1 or np.ndim(tableau.t) > 1:
         raise ValueError(f"{name} cannot be read backwards: it draws noise, has several outputs, or a time an element")
-    found = []
     V = _basis(np.asarray(tableau.h0)[:, None])  # what the registers can reach
+    ways: dict[int, list[Any]] = {0: []}  # the rows before this one in groups that can be undone
+    row, why = 0, ""
     for k in range(tableau.nfe):
-        A, B = np.asarray(tableau.A[k]), np.asarray(tableau.B[k])
-        image = np.concatenate([A @ V, B], 1)
-        target = np.concatenate([V[0], np.zeros(B.shape[1])])
-        w = np.linalg.lstsq(image.T, target, rcond=1e-12)[0]
-        values = np.linalg.svd(A @ V, compute_uv=False)
-        point = np.abs(image.T @ w - target).max() <= tolerance * max(np.abs(w).max(), 1.0)
-        if not point or values.min() <= 1e-10 * values.max():
-            why = "its point moves by the output itself" if not point else "it forgets a register"
-            raise ValueError(
-                f"{name} cannot be read backwards: row {k} (t = {tableau.t[k]:.4g}) loses its start, {why}; bdia and "
-                "edict can (with gamma > 0, and edict from a start with alpha > 0), ddim_inversion is approximate"
-            )
-        found.append((tableau.t[k], B, w, V @ np.linalg.pinv(A @ V)))
-        V = _basis(image)
-    return Inverse(*(np.stack(a) for a in zip(*found[::-1], strict=True)))
+        for m in range(1, min(LONGEST, tableau.nfe - k) + 1) if k in ways else ():
+            group = _undo(tableau, k, m, V, tolerance)
+            if not isinstance(group, str):
+                ways.setdefault(k + m, [*ways[k], group])
+            elif m == 1:
+                row, why = k, group
+        V = _basis(np.concatenate([np.asarray(tableau.A[k]) @ V, np.asarray(tableau.B[k])], 1))
+    if tableau.nfe not in ways:
+        raise ValueError(
+            f"{name} cannot be read backwards: row {row} (t = {tableau.t[row]:.4g}) loses its start, {why}; bdia and "
+            "edict can (with gamma > 0, and edict from a start with alpha > 0), ddim_inversion is approximate"
+        )
+    blocks = ways[tableau.nfe]
+    Q = max(len(row[1]) for rows in blocks for row in rows)
+    pad = lambda a: np.pad(a, [(0, Q - n) for n in a.shape])
+    back = [(t, pad(w), pad(A), pad(B)) for rows in blocks[::-1] for t, w, A, B in rows]
+    return Inverse(*(np.stack(a) for a in zip(*back, strict=True)))
+
+
+def _undo(tableau: Tableau, k: int, m: int, V: np.ndarray, tolerance: float) -> Any:
+    """Rows of the way back over rows k .. k + m - 1, whose registers start in the span of V (R, r); or why not.
+
+    S holds the registers' coefficients of (V's coordinates, the m outputs).
+    """
+    R, r = V.shape
+    S, points = np.concatenate([V, np.zeros((R, m))], 1), []
+    for j in range(m):
+        points.append(S[0])
+        S = np.asarray(tableau.A[k + j]) @ S
+        S[:, r + j] += np.asarray(tableau.B[k + j])[:, 0]
+    rows, Q, values = [], R + m - 1, np.linalg.svd(S[:, :r], compute_uv=False)
+    M = V @ np.linalg.pinv(S[:, :r])
+    for j, point in enumerate(points):
+        known = slice(r, r + j)  # outputs evaluated before, on the way back
+        rest = np.delete(np.arange(r + m), known)
+        w = np.linalg.lstsq(S[:, rest].T, point[rest], rcond=1e-12)[0]
+        if np.abs(S[:, rest].T @ w - point[rest]).max() > tolerance * max(np.abs(w).max(), 1.0):
+            return "its point moves by the output itself"
+        if j == 0 and (len(values) < r or values.min() <= 1e-10 * values.max()):
+            return "it forgets a register"
+        A, B, last = np.eye(Q), np.zeros(Q), j == m - 1
+        if last:
+            A = np.concatenate([np.concatenate([M, -M @ S[:, r : r + j]], 1), np.zeros((j, Q))])
+            B[:R] = -M @ S[:, r + j]
+        else:
+            B[R + j] = 1.0
+        weights = np.concatenate([w, point[known] - S[:, known].T @ w, np.zeros(m - 1 - j)])
+        rows.append((np.asarray(tableau.t[k + j]), weights, A, B))
+    return rows
 
 
 def _basis(columns: np.ndarray) -> np.ndarray:

@@ -15,6 +15,8 @@ KEY = jax.random.key(0)
 REVERSIBLE = {
     "bdia": solvers.bdia(),
     "bdia_half": solvers.bdia(0.5),
+    "bdia_edm": solvers.bdia(base="edm"),
+    "bdia_edm_half": solvers.bdia(0.5, "edm"),
     "edict": solvers.edict(),
     "edict_plain": solvers.edict(alternate=False),
 }
@@ -29,15 +31,17 @@ def grid(n, end=0.0, p=P):
 
 @pytest.mark.parametrize("name", REVERSIBLE)
 def test_round_trip(name):
-    for p, end in ((P, 0.0), (process.edm(), 0.01)):
-        n = 20 if name == "bdia_half" else 50  # rounding grows by 1/gamma a step
+    for p, end in ((P, 0.0), (process.edm(), 0.01))[: 1 if name.startswith("bdia_edm") else 2]:
+        n = 20 if name.endswith("half") else 50  # rounding grows by 1/gamma a step
         T = REVERSIBLE[name](p, times.karras(p, n, end=end) if p is not P else grid(n, end))
         for dtype, tolerance in ((jnp.float64, 1e-10), (jnp.float32, 1e-4)):
             x = p.prior(KEY, (4, 3), dtype=dtype)
             last = jdiff.registers(M.denoiser(p), T, x)
             np.testing.assert_allclose(last[0], jdiff.sample(M.denoiser(p), T, x), rtol=1e-5, atol=1e-6)
-            if dtype == jnp.float32 and name == "bdia_half":
+            if dtype == jnp.float32 and name.endswith("half"):
                 continue  # 2^20 times 1e-7
+            if name == "bdia_edm_half":
+                last = last[:2]  # the third register holds nothing at the end
             back = jdiff.invert(M.denoiser(p), T, last)
             assert float(jnp.abs(back - x).max()) < tolerance * p.prior_std
 
@@ -83,16 +87,31 @@ def test_gamma_zero_is_ddim_and_point_mass_is_exact():
 
 
 def test_orders_of_reversible_solvers():
-    """gamma = 1 is of second order on a smooth grid; 0.5 and EDICT are not."""
-    errors = lambda solver: [
-        float(jnp.abs(jdiff.sample(G.denoiser(P), solver(P, t), x) - G.flow(P, x, 1.0, 0.2)).max())
-        for t in (grid(n, end=0.2) for n in (40, 80, 160, 320))
-    ]
-    x = P.prior(KEY, (4, 3), dtype=jnp.float64)
-    slopes = {name: -np.diff(np.log2(errors(solver))) for name, solver in REVERSIBLE.items()}
-    assert slopes["bdia"].min() > 1.9
+    """gamma = 1 is of second order on a smooth grid, and EDM's parabola at any gamma; 0.5 and EDICT are not."""
+
+    def slopes(solver):
+        tables = [solver(P, grid(n, end=0.2)) for n in (20, 40, 80, 160)]
+        end = P.alpha(0.2) ** 2 * np.array([0.5, 0.3, 0.02]) + P.sigma(0.2) ** 2
+        return -np.diff(np.log2([np.abs(np.diag(G.law(T)[1]) - end).max() for T in tables]))
+
+    found = {name: slopes(solver) for name, solver in REVERSIBLE.items()}
+    for name in ("bdia", "bdia_edm", "bdia_edm_half"):
+        assert found[name].min() > 1.9, (name, found[name])
     for name in ("bdia_half", "edict"):
-        assert 0.85 < slopes[name][-1] < 1.3
+        assert 0.85 < found[name][-1] < 1.3
+
+
+def test_bdia_on_edm_is_heun_read_on_both_sides():
+    """gamma 0 is EDM's Heun; on equal steps of sigma/alpha the bends of the two sides cancel, and BDIA-DDIM is left."""
+    for p, end in ((process.edm(), 0.0), (process.flow(), 0.0), (P, 0.05)):
+        t = times.karras(p, 7, start=0.9 * p.t_max, end=end)
+        np.testing.assert_allclose(
+            solvers.bdia(0.0, "edm")(p, t).unrolled(), solvers.heun()(p, t).unrolled(), rtol=1e-12, atol=1e-12
+        )
+    t = np.linspace(10.0, 2.0, 6)
+    ends = 1 + np.arange(3, 10, 2)  # the slopes at the ends of all steps but the first
+    weights = lambda gamma: np.abs(solvers.bdia(gamma, "edm")(process.edm(), t).unrolled()[::2, ends]).max()
+    assert weights(1.0) < 1e-12 < 0.1 < weights(0.5)
 
 
 @pytest.mark.parametrize("name", ["ddim", "heun", "dpm_solver_pp", "deis", "unipc"])

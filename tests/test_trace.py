@@ -53,6 +53,7 @@ VARIANTS = {
     "dpm_solver_pp_3": solvers.dpm_solver_pp(3),
     "dpm_solver_pp_heun": solvers.dpm_solver_pp(2, form="heun"),
     "dpm_solver_pp_sde": solvers.dpm_solver_pp(2, eta=1.0),
+    "bdia_edm": solvers.bdia(0.5, "edm"),
     "deis_4": solvers.deis(4),
     "deis_lam": solvers.deis(3, "lam"),
     "deis_rho": solvers.deis(2, "rho"),
