@@ -35,7 +35,7 @@ def bdia(gamma: float = 1.0, base: str = "ddim") -> Solver:
            form above is the paper's for any base. We have not seen how it reads the step behind in BDIA-EDM: the
            parabola is ours. Steps that shrink fast (Karras grids of few steps) make it reach far: take 20 or more.
 
-    The first step is the base's; out of alpha = 0 it is DDIM's (1 evaluation). The paper's BDIA around DPM-Solver++ is not here.
+    The first step is the base's; out of alpha = 0 it is DDIM's (1 evaluation). BDIA around DPM-Solver++ is not here.
     """
     if not 0 <= gamma <= 1:
         raise ValueError(f"bdia: expected 0 <= gamma <= 1, got {gamma}")
