@@ -16,6 +16,7 @@ from jdiff import fit, metrics, process, solvers
 from jdiff.experiments import _models
 from jdiff.experiments._claims import Claim, Law, Run, table
 from jdiff.experiments._searched import Searched
+from jdiff.reproduce import Published
 
 MODEL, VP = _models.survey("gmm2"), process.vp_linear()
 TOTAL, BUDGET, SAMPLES = 100, 300, 1000
@@ -58,4 +59,5 @@ TABLE = table(
         f"Fitness: sliced Wasserstein distance of {SAMPLES} samples of another seed; {BUDGET} sets of {TOTAL} times. "
         "The second stage, masks of layers, needs a network and is not in this table."
     ],
+    published=(Published.load("autodiffusion_imagenet64.toml"),),
 )  # fmt: skip

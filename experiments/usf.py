@@ -13,6 +13,7 @@ from jdiff.experiments._claims import Claim, Exact, Run, table
 from jdiff.experiments._searched import Searched, trajectories
 from jdiff.fit.search import evolution
 from jdiff.fit.spaces import compile_schedule, known_schedules, schedules
+from jdiff.reproduce import Published
 
 MODEL, VP = _models.survey("gmm2"), process.vp_linear()
 BUDGET, POPULATION, SET = 320, 40, 128
@@ -58,4 +59,5 @@ TABLE = table(
         Claim("S3, of random search's error at NFE 10", lambda e: e("S3", 10) / e("random search", 10), 1.0),
     ],
     notes=[f"Searched on {SET} trajectories of seed 1001, {BUDGET} schedules a search; errors are of other noise."],
+    published=(Published.load("usf_cifar10.toml"),),
 )
