@@ -4,7 +4,9 @@ out = steering.sample(denoiser, tableau, x, key, steering.fk(reward, 2.0), group
 out.x, out.log_z, out.info.ess
 """
 
+from jdiff.steering.draws import posterior_draws
 from jdiff.steering.fk import Rewards, best, fk, guided, host_reward
+from jdiff.steering.meshes import exchange, traffic
 from jdiff.steering.resampling import ess, in_place, resample
 from jdiff.steering.smc import NONE, Info, Particles, Potential, Result, Step, gather, run, sample, smc
 
@@ -18,13 +20,16 @@ __all__ = [
     "Step",
     "best",
     "ess",
+    "exchange",
     "fk",
     "gather",
     "guided",
     "host_reward",
     "in_place",
+    "posterior_draws",
     "resample",
     "run",
     "sample",
     "smc",
+    "traffic",
 ]

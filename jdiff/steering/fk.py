@@ -105,8 +105,9 @@ def fk(
         raise TypeError(f"reward is {reward!r}; expected a function of x0 (batch, ...) that returns (batch,)")
     if not isinstance(strength, Tracer) and (not np.isfinite(np.asarray(strength)).all() or np.ndim(strength) > 1):
         raise ValueError(f"strength is {strength}; expected a finite lambda, or (K,) of them, one an evaluation")
-    weigh = _FK(reward, KINDS[potential] if isinstance(potential, str) else potential, draws, potential == "last")
-    return Potential(Partial(_start), Partial(weigh, jnp.asarray(strength, jnp.float32)))
+    weigh = _FK(reward, KINDS[potential] if isinstance(potential, str) else potential, potential == "last")
+    draws = draws if draws is None or isinstance(draws, Partial) else Partial(draws)
+    return Potential(Partial(_start), Partial(weigh, jnp.asarray(strength, jnp.float32), draws))
 
 
 def _start(x: PyTree) -> tuple[Array, Array, Array]:
@@ -120,10 +121,9 @@ class _FK:
 
     reward: Reward
     potential: Callable[[Rewards], Array]
-    draws: Callable[[Array, Step], PyTree] | None
     lazy: bool
 
-    def __call__(self, strength: Array, key: Array, step: Step, memory: Any) -> tuple[Array, Any]:
+    def __call__(self, strength: Array, draws: Any, key: Array, step: Step, memory: Any) -> tuple[Array, Any]:
         lam = strength if strength.ndim == 0 else strength[step.k - 1]
 
         def idle(_: None) -> Any:
@@ -133,7 +133,7 @@ class _FK:
             if self.lazy:
                 return idle(_)
             product, largest, total = memory
-            now = self._intermediate(lam, key, step)
+            now = self._intermediate(lam, draws, key, step)
             largest, total = jnp.maximum(largest, now), total + now
             increment = self.potential(Rewards(now, largest, total, product))
             return increment, (product + increment, largest, total)
@@ -144,10 +144,10 @@ class _FK:
 
         return jax.lax.switch(jnp.where(step.last, 2, step.at.astype(jnp.int32)), (idle, between, last), None)
 
-    def _intermediate(self, lam: Array, key: Array, step: Step) -> Array:
-        if self.draws is None:
+    def _intermediate(self, lam: Array, draws: Any, key: Array, step: Step) -> Array:
+        if draws is None:
             return lam * reward_of(self.reward, step.info.outputs[0])
-        x0 = self.draws(key, step)
+        x0 = draws(key, step)
         m, batch = jax.tree.leaves(x0)[0].shape[:2]
         r = reward_of(self.reward, jax.tree.map(lambda a: a.reshape(m * batch, *a.shape[2:]), x0)).reshape(m, batch)
         return jax.nn.logsumexp(lam * r, 0) - jnp.log(jnp.float32(m))
@@ -168,7 +168,9 @@ def guided(reward: Reward, strength: Any = 1.0) -> Partial:
     scale (register 0): in the sample, the published shift of the mean by c^2 times the gradient. Any stochastic tableau
     serves, of several registers and noises too: one noise moves all registers. The weights carry
     log N(u + z; 0, 1) / N(z; 0, 1) = -u z - |u|^2 / 2, so the target is unchanged: combine with
-    `fk(reward, strength)`. A network evaluation then costs a backward pass as well. The reward must be differentiable.
+    `fk(reward, strength)`. A network evaluation then costs a backward pass as well; the reward must be differentiable.
+    The gradient is that at the step's start, so long steps are guided too little: on a Gaussian with 12, 50 and 200
+    DDPM steps the mean went 25, 73 and 93 % of the way.
     """
     return Partial(_Guide(reward), jnp.asarray(strength, jnp.float32))
 

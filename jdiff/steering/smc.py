@@ -17,12 +17,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.sharding import Mesh
 from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Integer, PyTree
 
 from jdiff import execute
 from jdiff.denoiser import Denoiser
-from jdiff.steering import resampling
+from jdiff.steering import meshes, resampling
 from jdiff.tableau import Tableau
 
 
@@ -130,7 +131,8 @@ def smc(
 ) -> execute.Stepper:
     """The Stepper with weights and resampling. Its rows are (row, at, last, k), the last three with the steps in front.
 
-    threshold: resample a group when its effective sample size falls below threshold * n, at rows whose `at` is true.
+    threshold: resample a group when its effective sample size falls below threshold * n, at rows whose `at` is true (at
+    the last such row whenever the weights differ).
     `move(state, ancestors)` gathers; `share` and `shards`: see `resampling.resample`.
     """
 
@@ -148,7 +150,8 @@ def smc(
         increment = increment.astype(jnp.float32).reshape(state.log_w.shape)
         log_w = state.log_w + increment
         size = resampling.ess(log_w)
-        now = at & (size < threshold * log_w.shape[1])
+        n = log_w.shape[1]
+        now = at & ((size < threshold * n) | (last & (size < (1 - 1e-4) * n)))  # at the end whatever the threshold
 
         def resampled(_: None) -> Any:
             chosen, after_w = resampling.resample(draw, log_w, scheme, share, shards)
@@ -187,7 +190,8 @@ def run(
     share: float = 1.0,
     at: Sequence[int] | None = None,
     final: bool = True,
-    shards: int = 1,
+    mesh: Mesh | None = None,
+    shards: int | None = None,
     times: Any = None,
 ) -> Result:
     """Run any Stepper with weights and resampling over `rows` (steps in front), from x (groups * n, ...).
@@ -196,9 +200,11 @@ def run(
     a weight is NaN or infinite, or all weights of a group are zero. `times` (K,) only serves that message.
     """
     K = jax.tree.leaves(rows)[0].shape[0]
-    allowed = _allowed(x, K, groups, threshold, scheme, share, at, final, shards)
+    allowed = _allowed(x, K, groups, threshold, scheme, share, at, final)
+    x, where, shards = meshes.place(x, groups, mesh, shards)
     rows = (rows, jnp.asarray(allowed), jnp.arange(K) == K - 1, jnp.arange(1, K + 1))
-    out = _scan(stepper, _partial(potential), rows, x, key, jnp.float32(threshold), scheme, groups, share, shards)
+    how = (scheme, groups, share, shards, where)
+    out = _scan(stepper, _partial(potential), rows, x, key, jnp.float32(threshold), how)
     return _check(out, times)
 
 
@@ -216,7 +222,8 @@ def sample(
     share: float = 1.0,
     at: Sequence[int] | None = None,
     final: bool = True,
-    shards: int = 1,
+    mesh: Mesh | None = None,
+    shards: int | None = None,
 ) -> Result:
     """Sample with weights and resampling: `jdiff.sample` with a potential, one XLA program.
 
@@ -225,21 +232,25 @@ def sample(
     threshold  of the effective sample size over n, in (0, 1]; 1 resamples at every step that `at` allows
     at         evaluations (1 .. K) after which resampling is allowed, and intermediate rewards are computed; default:
                after all but the last
-    final      resample at the end too, to equally weighted samples; otherwise the weights come back in `log_w`
+    final      resample at the end, whatever the threshold, to equally weighted samples; otherwise `log_w` has weights
     scheme     "systematic", "stratified", "residual" or "multinomial"; `share` < 1: partial resampling (see `resample`)
-    shards     devices over which each group lies (see `resampling.in_place`)
+
+    mesh       lay the particles over the mesh's first axis; then resampling moves only those that must (`exchange`).
+               Without it, where x is already split over an axis, that one
+    shards     devices that a group lies over, found from the mesh; the same number on one device gives the same samples
 
     log_z is the log of the estimated normalising constant, the weights that are left included.
     Raises ValueError for a bad threshold, scheme, group size or step, before compilation; FloatingPointError where all
     weights of a group are zero or one is NaN or infinite (step and particle named), when called outside jit.
     """
     x = execute._checked(denoiser, tableau, x, key)
-    allowed = _allowed(x, tableau.nfe, groups, threshold, scheme, share, at, final, shards)
+    allowed = _allowed(x, tableau.nfe, groups, threshold, scheme, share, at, final)
+    x, where, shards = meshes.place(x, groups, mesh, shards)
     dtype, K = jax.tree.leaves(x)[0].dtype, tableau.nfe
     start = [jnp.asarray(a).astype(dtype) for a in (tableau.h0, tableau.c0)]
     rows = (execute.rows(tableau, dtype), jnp.asarray(allowed), jnp.arange(K) == K - 1, jnp.arange(1, K + 1))
-    options = (tableau.record.prediction, scheme, groups, float(share), shards)
-    out = _run(denoiser, proposal, _partial(potential), rows, *start, x, key, jnp.float32(threshold), *options)
+    how, kind = (scheme, groups, float(share), shards, where), tableau.record.prediction
+    out = _run(denoiser, proposal, _partial(potential), rows, *start, x, key, jnp.float32(threshold), kind, how)
     return _check(out, tableau.t)
 
 
@@ -247,15 +258,18 @@ def _partial(potential: Potential) -> Potential:
     return Potential(*(f if isinstance(f, Partial) else Partial(f) for f in potential))
 
 
-@functools.partial(jax.jit, static_argnums=(9, 10, 11, 12, 13))
-def _run(denoiser, proposal, potential, rows, h0, c0, x, key, threshold, kind, scheme, groups, share, shards):
+@functools.partial(jax.jit, static_argnums=(9, 10))
+def _run(denoiser, proposal, potential, rows, h0, c0, x, key, threshold, kind, how):
     base = execute.stepper(denoiser, h0, c0, prediction=kind)
     base = base if proposal is None else proposal(base)
-    return _scan(base, potential, rows, x, key, threshold, scheme, groups, share, shards)
+    return _scan(base, potential, rows, x, key, threshold, how)
 
 
-def _scan(stepper, potential, rows, x, key, threshold, scheme, groups, share, shards) -> Result:
-    options = {"threshold": threshold, "scheme": scheme, "groups": groups, "share": share, "shards": shards}
+def _scan(stepper, potential, rows, x, key, threshold, how) -> Result:
+    scheme, groups, share, shards, where = how
+    move = gather if where is None else meshes.exchange(*where)
+    options: dict[str, Any] = {"threshold": threshold, "scheme": scheme, "groups": groups, "share": share}
+    options |= {"shards": shards, "move": move}
     state, info = execute.run(smc(stepper, potential, **options), rows, x, key)
     log_z = state.log_z + resampling.log_mean(state.log_w)
     return Result(state.x, state.log_w, log_z, jax.vmap(_error)(state.log_w, state.eve, state.times), info, state)
@@ -270,7 +284,7 @@ def _error(log_w: Array, eve: Array, times: Array) -> Array:
     return jnp.where(families.max() > 1.0 - 1e-6, jnp.nan, jnp.sqrt(jnp.maximum(variance, 0.0)))
 
 
-def _allowed(x, K, groups, threshold, scheme, share, at, final, shards) -> np.ndarray:
+def _allowed(x, K, groups, threshold, scheme, share, at, final) -> np.ndarray:
     batch = jax.tree.leaves(x)[0].shape[0]
     if not isinstance(threshold, jax.Array) and not 0 < threshold <= 1:
         raise ValueError(f"threshold is {threshold}; expected a share of the particles, in (0, 1]")
@@ -280,8 +294,6 @@ def _allowed(x, K, groups, threshold, scheme, share, at, final, shards) -> np.nd
         raise ValueError(f"share is {share}; expected the share of particles to resample, in (0, 1]")
     if groups < 1 or batch % groups or batch // groups < 2:
         raise ValueError(f"{batch} particles in {groups} groups; expected at least two in each, and as many in each")
-    if shards < 1 or (batch // groups) % shards:
-        raise ValueError(f"{batch // groups} particles a group on {shards} devices; expected a multiple of {shards}")
     at = range(1, K) if at is None else at
     if any(not 1 <= k <= K for k in at):
         raise ValueError(f"at is {list(at)}; expected evaluations between 1 and {K}")
