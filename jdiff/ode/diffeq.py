@@ -15,6 +15,8 @@ from jdiff.process import Process
 
 from .variables import VARIABLES, flow_slope, position, scale, time_of
 
+GRADIENTS = {"checkpoint": "RecursiveCheckpointAdjoint", "adjoint": "BacksolveAdjoint"}
+
 
 class Info(NamedTuple):
     """Counts a sample, (batch,): network evaluations, step attempts, those rejected; and whether it arrived."""
@@ -69,7 +71,7 @@ def _field(denoiser: Denoiser, variable: str, probes: Array | None, trace: bool)
 def integrate(
     denoiser: Denoiser, x: Any, start: float | None, stop: float, variable: str, solver: Any, rtol: float, atol: float,
     per_sample: bool, max_steps: int, *, inner: tuple[float, ...] = (), probes: Array | None = None,
-    forward: bool = False,
+    forward: bool = False, gradient: str | None = None,
 ) -> tuple[Any, Info]:  # fmt: skip
     """From start down to stop; with `forward`, from stop up to start, and the integral of the divergence too."""
     import diffrax
@@ -77,6 +79,10 @@ def integrate(
     p, x = denoiser.process, array_of(x)
     if variable not in VARIABLES:
         raise ValueError(f"variable is {variable!r}; expected one of {', '.join(VARIABLES)}")
+    if gradient not in (None, *GRADIENTS):
+        raise ValueError(f"gradient is {gradient!r}; expected one of {', '.join(map(repr, GRADIENTS))}, or None")
+    if gradient and per_sample:
+        raise ValueError("gradient needs per_sample=False: one step size for the batch, of its joint error")
     start = p.t_max if start is None else float(start)
     if not 0 <= stop < start <= p.t_max * (1 + 1e-12):
         raise ValueError(f"expected 0 <= end < start <= {p.t_max:g}, got {start=:g}, end={stop:g} for {p}")
@@ -88,7 +94,7 @@ def integrate(
     solver = getattr(diffrax, solver)() if isinstance(solver, str) else solver
     ends = (stop, start) if forward else (start, stop)
     points = (u1, u0) if forward else (u0, *inner_u, u1)
-    options = (variable, solver, per_sample, max_steps, forward, ends)
+    options = (variable, solver, per_sample, max_steps, forward, ends, gradient)
     with jax.numpy_dtype_promotion("standard"):  # Diffrax mixes dtypes
         ys, info = _diffeqsolve(denoiser, x, points, probes, (rtol, atol), *options)
     return ys, arrived(info, max_steps)
@@ -103,8 +109,10 @@ def arrived(info: Info, max_steps: int) -> Info:
     return info
 
 
-@functools.partial(jax.jit, static_argnums=(5, 6, 7, 8, 9, 10))
-def _diffeqsolve(denoiser, x, points, probes, tolerance, variable, solver, per_sample, max_steps, trace, ends):
+@functools.partial(jax.jit, static_argnums=(5, 6, 7, 8, 9, 10, 11))
+def _diffeqsolve(
+    denoiser, x, points, probes, tolerance, variable, solver, per_sample, max_steps, trace, ends, gradient
+):
     import diffrax
 
     def field(args: Any, u: Array, y: Any) -> Any:
@@ -131,7 +139,7 @@ def _diffeqsolve(denoiser, x, points, probes, tolerance, variable, solver, per_s
         found = diffrax.diffeqsolve(
             diffrax.ODETerm(term), solver, points[0], points[-1], 0.01 * (points[-1] - points[0]), y,
             args=(denoiser, probes), saveat=saveat, stepsize_controller=controller, max_steps=max_steps, throw=False,
-            adjoint=diffrax.ForwardMode(),
+            adjoint=getattr(diffrax, GRADIENTS.get(gradient, "ForwardMode"))(),
         )  # fmt: skip
         stats = (found.stats["num_steps"], found.stats["num_rejected_steps"])
         return found.ys, (*stats, found.result == diffrax.RESULTS.successful)

@@ -13,7 +13,7 @@ from .diffeq import Info, integrate, stop_of
 def sample(
     denoiser: Denoiser, x: Any, *, start: float | None = None, end: float = 0.0, last: float | None = None,
     rtol: float = 1e-4, atol: float = 1e-4, variable: str = "angle", solver: Any = "Tsit5", per_sample: bool = True,
-    max_steps: int = 4096,
+    max_steps: int = 4096, gradient: str | None = None,
 ) -> tuple[Array, Info]:  # fmt: skip
     """The probability flow from x (batch, ...) at time `start` (default t_max) to `end`, to a tolerance.
 
@@ -23,12 +23,18 @@ def sample(
     rtol, atol  of each step: the rms of error / (atol + rtol |z|) is kept below 1
     solver      name of a Diffrax solver, or one: "Bosh3", "Dopri5", "Tsit5", "Dopri8"
     per_sample  True: step sizes a sample. False: one for the batch by its joint rms (then samples interact)
+    gradient    what jax.grad does, with respect to x and the denoiser's float arrays; needs per_sample=False.
+                "checkpoint": that of the steps taken (their sizes held), memory like the logarithm of max_steps.
+                "adjoint": solves the adjoint ODE backwards with the same solver and tolerance, constant memory, an
+                error of its own. None: no reverse mode (jax.jvp works)
 
     Returns (sample, Info). Raises ValueError for bad options and times, RuntimeError where max_steps were not enough
     (outside jit; inside, look at info.success).
     """
     stop, final = stop_of(denoiser.process, end, last)
-    ys, info = integrate(denoiser, x, start, stop, variable, solver, rtol, atol, per_sample, max_steps)
+    ys, info = integrate(
+        denoiser, x, start, stop, variable, solver, rtol, atol, per_sample, max_steps, gradient=gradient
+    )
     return (denoiser(ys, stop), info._replace(nfe=info.nfe + 1)) if final else (ys, info)
 
 
