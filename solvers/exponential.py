@@ -123,12 +123,15 @@ def adams(
     rule: Rule = exact,
     cap: Callable[[int], int] | None = None,
     correct: Callable[..., Value] = step,
+    predict: Callable[..., Value] = step,
+    again: bool = False,
 ) -> Value:
     """Multistep predictor of order `predictor`; and a corrector through `corrector` points, the new one among them.
 
     The corrector repeats the step from the same x with the output at the predicted point, and that output is kept for
-    the next step (PEC: no evaluation more). eta(i): stochasticity of step i; one noise serves both. cap(i): highest
-    order of step i. After the last step nothing is evaluated, so nothing is corrected.
+    the next step (PEC: no evaluation more); with `again`, one at the corrected point takes its place (PECE).
+    eta(i): stochasticity of step i; one noise serves both. cap(i): highest order of step i. After the last step
+    nothing is evaluated, so nothing is corrected.
     """
     at = lambda i: "x0" if g.a[i] == 0 else kind
 
@@ -143,7 +146,7 @@ def adams(
     for i in range(g.n):
         points, this = usable(i, past), at(i)
         x = y if g.s[i + 1] == 0 else x  # the sample is D, of the point that was evaluated
-        y = step(g, i, i + 1, x, points[: order(i)], this, eta(i), rule)
+        y = predict(g, i, i + 1, x, points[: order(i)], this, eta(i), rule)
         std = noise_std(g, i, i + 1, eta(i), this)
         z = std * noise() if std > 0 else 0.0
         y = y + z
@@ -151,7 +154,10 @@ def adams(
             return y
         new = (i + 1, model(y, g.t[i + 1], kind=kind, label=f"order {order(i + 1)}"))
         c = min(corrector, len(points) + 1, (cap(i) if cap else corrector) + 1)
-        x = correct(g, i, i + 1, x, [new, *points[: c - 1]], this, eta(i), rule) + z if c and this == kind else y
+        corrected = c > 0 and this == kind
+        x = correct(g, i, i + 1, x, [new, *points[: c - 1]], this, eta(i), rule) + z if corrected else y
+        if corrected and again:
+            y, new = x, (i + 1, model(x, g.t[i + 1], kind=kind, label="corrected"))
         past = [new, *points][: max(predictor, corrector - 1, 1)]
     return x
 

@@ -101,8 +101,10 @@ def sa_solver(
     interval: tuple[float, float] | None = (0.72, 25.8),
     few_steps: bool = False,
     lower_order_final: bool = True,
+    prediction: str = "x0",
+    mode: str = "PEC",
 ) -> Solver:
-    """SA-Solver (Xue et al. 2023): a stochastic Adams predictor-corrector, data prediction, one evaluation a step.
+    """SA-Solver (Xue et al. 2023): a stochastic Adams predictor-corrector, one evaluation a step.
 
     The SDE family whose noise is tau times that of the reverse SDE: the step of `dpm_solver_pp` with eta = tau(t)^2
     of the step's end, a polynomial through `predictor` past points, then through `corrector` points with the new one
@@ -115,6 +117,9 @@ def sa_solver(
                None: everywhere
     few_steps  H/2 for the exact weight where two points are used, the official form for few steps
     lower_order_final  the last steps take lower orders, as published; they end a step before sigma = 0
+    prediction "x0", or "eps" (few_steps has no form for it); the paper advises against it with noise, whose variance
+               then grows like e^(2h) - 1 in a step
+    mode       "PEC", or "PECE": one more evaluation, at the corrected point, for the steps after it; 2 n - 1 in all
 
     The last step is without noise, as in the official few-steps form. tau = 0 is a deterministic Adams method of
     order min(predictor + 1, corrector), or `predictor` without corrector; with noise the weak order is 2 at most.
@@ -125,6 +130,12 @@ def sa_solver(
     _check_choice("sa_solver", "corrector", corrector, (0, 1, 2, 3, 4))
     if not callable(tau) and not tau >= 0:
         raise ValueError(f"sa_solver: expected tau >= 0, or a function of the model's time, got {tau}")
+    _check_choice("sa_solver", "prediction", prediction, ("x0", "eps"))
+    _check_choice("sa_solver", "mode", mode, ("PEC", "PECE"))
+    if few_steps and prediction == "eps":
+        raise ValueError("sa_solver: few_steps is a form of prediction='x0', got prediction='eps'")
+    if mode == "PECE" and corrector == 0:
+        raise ValueError("sa_solver: mode='PECE' evaluates corrected points, and corrector=0 makes none")
     if interval is not None and not 0 <= interval[0] < interval[1]:
         raise ValueError(f"sa_solver: interval is {interval}; expected (low, high) in sigma/alpha, 0 <= low < high")
 
@@ -139,7 +150,7 @@ def sa_solver(
         steps = g.n - int(g.s[-1] == 0)
         cap = lambda i: max(steps - i, 1) if lower_order_final else g.n
         rule = half_step if few_steps else exact
-        return adams(g, x, model, noise, predictor, corrector, eta=eta, rule=rule, cap=cap)
+        return adams(g, x, model, noise, predictor, corrector, prediction, eta, rule, cap, again=mode == "PECE")
 
     noisy = callable(tau) or tau > 0
     order = min(predictor + 1, corrector) if corrector else predictor
@@ -148,6 +159,8 @@ def sa_solver(
         sampler,
         min(order, 2) if noisy else order,
         ("Xue et al. 2023 (SA-Solver), arXiv 2309.05019, algorithm 1",),
+        cost=lambda n: 2 * n - 1 if mode == "PECE" else n,
+        prediction=prediction,
         stochastic=noisy,
         when="stochastic, 20 evaluations or more; noise in the middle of sampling alone",
     )

@@ -46,9 +46,12 @@ def ours_of(name, entry, options):
         method = "ab" if "_v" in name else "ipndm"
         return solvers.deis(options["max_order"], "rho", method=method)
     if entry == "SASolver":
-        few = options["mode"] == "few_steps"
+        few, kind = options["mode"] == "few_steps", {"noise": "eps"}.get(options.get("kind", ""), "x0")
+        more = {"prediction": kind, "mode": options.get("pc_mode", "PEC"), "few_steps": few and kind == "x0"}
         orders = options["predictor_order"], options["corrector_order"]
-        return solvers.sa_solver(*orders, tau=options["tau"], interval=None, few_steps=few)
+        return solvers.sa_solver(*orders, tau=options["tau"], interval=None, **more)
+    if name.startswith("hbunipc"):
+        return solvers.heavy_ball(options["order"], options["beta"], base="unipc", as_published=True)
     if name.startswith("ghvb"):
         return solvers.ghvb(int(name[5]), float(name.split("beta")[1]))
     if name.startswith(("hb", "nesterov")):
@@ -125,6 +128,9 @@ def test_named_differences_are_differences(name):
         ("deis_tab2", solvers.deis(3, "rho")),
         ("ghvb_3_beta0.5", solvers.heavy_ball(3, 0.5)),
         ("nesterov_3_beta0.5", solvers.heavy_ball(3, 0.5)),
+        ("sa_data_pece_tau0.4_34", solvers.sa_solver(3, 4, 0.4, None, True)),  # PEC, one evaluation a step fewer
+        ("sa_noise_pec_tau1_23", solvers.sa_solver(2, 3, 1.0, None)),  # a polynomial through D
+        ("hbunipc_3_beta0.8", solvers.heavy_ball(3, 0.8, "unipc")),  # no velocity of D / sigma
         ("sa_few_steps_tau1_34", solvers.sa_solver(3, 4, interval=None)),  # the rescaled weights of appendix D
     ],
 )

@@ -83,6 +83,11 @@ def integrate(
         raise ValueError(f"gradient is {gradient!r}; expected one of {', '.join(map(repr, GRADIENTS))}, or None")
     if gradient and per_sample:
         raise ValueError("gradient needs per_sample=False: one step size for the batch, of its joint error")
+    if gradient == "adjoint" and p.sigma(stop) == 0:
+        raise ValueError(
+            "gradient='adjoint' starts where the flow stops, and at sigma = 0 the slope has no derivative: "
+            "let it stop earlier (last > 0), or use gradient='checkpoint'"
+        )
     start = p.t_max if start is None else float(start)
     if not 0 <= stop < start <= p.t_max * (1 + 1e-12):
         raise ValueError(f"expected 0 <= end < start <= {p.t_max:g}, got {start=:g}, end={stop:g} for {p}")

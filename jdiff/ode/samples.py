@@ -26,7 +26,8 @@ def sample(
     gradient    what jax.grad does, with respect to x and the denoiser's float arrays; needs per_sample=False.
                 "checkpoint": that of the steps taken (their sizes held), memory like the logarithm of max_steps.
                 "adjoint": solves the adjoint ODE backwards with the same solver and tolerance, constant memory, an
-                error of its own. None: no reverse mode (jax.jvp works)
+                error of its own; only where the flow stops before sigma = 0 (last > 0, the default).
+                None: no reverse mode (jax.jvp works)
 
     Returns (sample, Info). Raises ValueError for bad options and times, RuntimeError where max_steps were not enough
     (outside jit; inside, look at info.success).

@@ -11,7 +11,8 @@ repositories,
     momentum_scheduler.py   github.com/sWizad/momentum-diffusion   stable_diffusion/diffusion/momentum_scheduler.py
     diff_solvers.py, solver_utils.py   github.com/zju-pi/diff-sampler   diff-solvers-main/solvers.py, solver_utils.py
 
-run `python tests/golden/make_official.py FOLDER`. How a sampler becomes a table is told in make_golden.py. Nothing of
+run `python tests/golden/make_official.py FOLDER`, or `.. FOLDER PREFIX ..` to make or replace the cases whose names
+begin so and keep the others. How a sampler becomes a table is told in make_golden.py. Nothing of
 these codes is kept here, only the coefficients that come out. th_deis imports one private function of JAX that is gone
 since 0.5; it only promotes dtypes, and the identity stands in for it.
 """
@@ -40,8 +41,14 @@ def main() -> None:
     if not hasattr(private, "_promote_dtypes_inexact"):
         private._promote_dtypes_inexact = lambda *arrays: arrays
     sys.modules.setdefault("solver_utils", types.ModuleType("solver_utils"))
-    arrays, meta = {}, {}
+    arrays, meta, prefixes = {}, {}, tuple(sys.argv[2:])
+    if prefixes:
+        with np.load(OUT, allow_pickle=False) as old:
+            arrays = {key: old[key] for key in old.files if key != "meta"}
+            meta = json.loads(str(old["meta"]))["cases"]
     for case in cases(Path(sys.argv[1])):
+        if prefixes and not case.name.startswith(prefixes):
+            continue
         try:
             with contextlib.redirect_stdout(io.StringIO()):
                 table = lift(case)

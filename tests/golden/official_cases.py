@@ -110,7 +110,7 @@ def diff_sampler(name: str, entry: str, times: np.ndarray, **options) -> Case:
     return Case(name, "diff-sampler", entry, options, "ve", "karras", sampler, levels(times, level))
 
 
-def sa_solver(name: str, mode: str, tau: float, predictor: int, corrector: int, steps=8) -> Case:
+def sa_solver(name: str, mode: str, tau: float, predictor: int, corrector: int, steps=8, kind="data", **more) -> Case:
     module = importlib.import_module("sa_solver")
     module.tqdm = lambda steps: steps
     schedule = module.NoiseScheduleVP("discrete", betas=BETAS, dtype=torch.float64)
@@ -118,8 +118,8 @@ def sa_solver(name: str, mode: str, tau: float, predictor: int, corrector: int, 
         schedule.marginal_alpha(torch.tensor([t])).item(),
         schedule.marginal_std(torch.tensor([t])).item(),
     )
-    make = {"algorithm_type": "data_prediction"}
-    run = {"predictor_order": predictor, "corrector_order": corrector, "skip_type": "logSNR"}
+    make = {"algorithm_type": f"{kind}_prediction"}
+    run = {"predictor_order": predictor, "corrector_order": corrector, "skip_type": "logSNR", **more}
 
     def sampler(x, model, noise):
         solver = module.SASolver(noise_network(model, level), schedule, **make)
@@ -131,18 +131,51 @@ def sa_solver(name: str, mode: str, tau: float, predictor: int, corrector: int, 
     ends = levels(times, level)
     if mode == "more_steps":
         ends = np.concatenate([ends, [[1.0, 0.0]]])
-    options = {"mode": mode, "tau": tau, "steps": steps, **run}
+    options = {"mode": mode, "tau": tau, "steps": steps, "kind": kind, **run}
     return Case(name, "SA-Solver", "SASolver", options, "vp", "logSNR, 1 to 0.001", sampler, ends)
 
 
-def momentum(name: str, entry: str, order: float, steps=10) -> Case:
-    """The wrappers of DDIM in the momentum code: `order` 2.8 is order 3 with beta = 0.8."""
+def _momentum_code() -> tuple[types.ModuleType, types.ModuleType]:
     stub = types.ModuleType("diffusers")
     for klass in ("DDIMScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "PNDMScheduler"):
         setattr(stub, klass, type(klass, (), {}))
     with mock.patch.dict(sys.modules, {"diffusers": stub}):
         sys.modules.pop("momentum_scheduler", None)
-        module = importlib.import_module("momentum_scheduler")
+        return stub, importlib.import_module("momentum_scheduler")
+
+
+def momentum_unipc(name: str, order: int, beta: float, steps=8) -> Case:
+    """UniPC with heavy ball, driven as diffusers' scheduler of that time drives it: the last time is index 0."""
+    _, module = _momentum_code()
+    cumulative = torch.cumprod(1 - BETAS, 0)
+    alpha, sigma = cumulative.sqrt(), (1 - cumulative).sqrt()
+    times = [round(999 * (1 - k / steps)) for k in range(steps + 1)]
+    level = lambda t: (alpha[int(t)].item(), sigma[int(t)].item())
+
+    def sampler(x, model, noise):
+        s = object.__new__(module.MomentumUniPCMultistepScheduler)
+        s.alpha_t, s.sigma_t, s.lambda_t = alpha, sigma, torch.log(alpha / sigma)
+        s.config, s.predict_x0, s.solver_p = types.SimpleNamespace(solver_type="bh2"), True, None
+        s.timestep_list, s.model_outputs = [], []
+        s.initialize_momentum(beta)
+        before, now, used = None, x.reshape(1, 1, 1, -1), 0
+        for k, t in enumerate(times[:-1]):
+            output = model(now.reshape(1, -1), *level(t)).reshape(now.shape)
+            if k > 0:
+                now = s.multistep_uni_c_bh_update(output, t, before, now, used)
+            s.timestep_list, s.model_outputs = [*s.timestep_list, t], [*s.model_outputs, output]
+            used = min(order, steps - k, k + 1)
+            before, now = now, s.multistep_uni_p_bh_update(output, times[k + 1], now, used)
+        return now.reshape(1, -1)
+
+    options = {"order": order, "beta": beta, "steps": steps}
+    return Case(name, "momentum-diffusion", "MomentumUniPCMultistepScheduler", options, "vp", "indices 999 to 0",
+                sampler, levels(times, level))  # fmt: skip
+
+
+def momentum(name: str, entry: str, order: float, steps=10) -> Case:
+    """The wrappers of DDIM in the momentum code: `order` 2.8 is order 3 with beta = 0.8."""
+    stub, module = _momentum_code()
     cumulative = torch.cumprod(1 - BETAS, 0)
     level = lambda t: (
         (cumulative[int(t)].sqrt().item(), (1 - cumulative[int(t)]).sqrt().item()) if t >= 0 else (1.0, 0.0)
@@ -210,6 +243,12 @@ def cases(folder: Path) -> Iterator[Case]:
         for tau in (0.0, 1.0, 0.4):
             for predictor, corrector in ((1, 0), (2, 0), (3, 0), (1, 2), (2, 3), (3, 4)):
                 yield sa_solver(f"sa_{mode}_tau{tau:g}_{predictor}{corrector}", mode, tau, predictor, corrector)
+    for kind, pc_mode in (("data", "PECE"), ("noise", "PEC"), ("noise", "PECE")):
+        for tau, predictor, corrector in ((0.0, 3, 4), (1.0, 2, 3), (0.4, 3, 4)):
+            name = f"sa_{kind}_{pc_mode.lower()}_tau{tau:g}_{predictor}{corrector}"
+            yield sa_solver(name, "few_steps", tau, predictor, corrector, kind=kind, pc_mode=pc_mode)
+    for order, beta in ((2, 0.5), (3, 0.8), (3, 1.0)):
+        yield momentum_unipc(f"hbunipc_{order}_beta{beta:g}", order, beta)
     for short, entry in (("ghvb", "GHVBScheduler"), ("hb", "PLMSWithHBScheduler"), ("nesterov", "PLMSWithNTScheduler")):
         for order in (1, 2, 3, 4, 5):
             yield momentum(f"{short}_{order}_beta0.5", entry, order - 0.5)
