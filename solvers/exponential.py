@@ -16,6 +16,7 @@ steps on the digits.) Out of alpha = 0 noise prediction has no step; that step i
 Multistep methods start at order 1 and climb; `jdiff.times.graded` gives a start that keeps the order.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -223,6 +224,26 @@ def singlestep(
     return x
 
 
+def ancestral(g: Grid, x: Value, model: Model, noise: Noise, eta: float) -> Value:
+    """DPM-Solver++(2S) down to a level below the step's end, its inner point half-way in lam, and noise back up to it.
+
+    up^2 = eta^2 rho1^2 (1 - rho1^2 / rho0^2) is the noise, in sigma/alpha, and down^2 = rho1^2 - up^2.
+    """
+    p = g.process
+    for i in range(g.n):
+        r0, r1, start = g.rho(i), g.rho(i + 1), (g.a[i], g.s[i])
+        up = r1 * min(1.0, eta * np.sqrt(1.0 - (r1 / r0) ** 2))
+        down = np.sqrt(r1**2 - up**2)
+        D = model(x, g.t[i])
+        if down > 0 and g.a[i] > 0:
+            t = p.t_of_lam(-0.5 * np.log(r0 * down))
+            inner = integrate(start, (p.alpha(t), p.sigma(t)), 0.5 * np.log(r0 / down), x, [(0.0, D)])
+            D = model(inner, t, label="inner point")
+        x = integrate(start, (g.a[i + 1], g.a[i + 1] * down), np.log(r0 / down) if down > 0 else np.inf, x, [(0.0, D)])
+        x = x + (g.a[i + 1] * up) * noise() if up > 0 else x
+    return x
+
+
 FORMS = {"midpoint": "midpoint", "dpmsolver": "midpoint", "heun": "heun", "taylor": "heun"}
 
 
@@ -328,16 +349,25 @@ def dpm_solver_pp(
     method             "multistep"; "singlestep" and "fast": inner points in place of past ones, as in `dpm_solver`.
                        With eta = 1 "singlestep" of order 2 is k-diffusion's dpmpp_sde, but the noise at the inner
                        point and at the end are those of one path of the SDE (there: of Brownian motion in sigma)
+                       "ancestral": k-diffusion's dpmpp_2s_ancestral: steps of order 2 to below their ends, and noise
+                       of its own eta back up to them; 2 n - 1 evaluations, the inner points between the grid's
     interval           noise levels sigma/alpha (low, high) at whose steps eta acts, of "multistep"; the others are the
                        ODE's. Noise at high levels alone, as with (0.5, inf), costs next to nothing
     """
-    sampler = _dpm("dpm_solver_pp", "x0", order, method, eta, form, lower_order_final, as_published, interval)
+    two = method == "ancestral"
+    if two and (order != 2 or form != "midpoint"):
+        raise ValueError(f"dpm_solver_pp: method='ancestral' has order=2 and form='midpoint', got {order=}, {form=}")
+    options = ("singlestep" if two else method, eta, form, lower_order_final, as_published, interval)
+    sampler = _dpm("dpm_solver_pp", "x0", order, *options)  # checks them, too
+    if two:
+        sampler = functools.partial(ancestral, eta=eta)
     kind = "SDE-DPM-Solver++" if eta > 0 else "DPM-Solver++"
     return Solver(
         "dpm_solver_pp",
         sampler,
-        min(order, 2) if eta > 0 else order,
+        min(order, 1 if two else 2) if eta > 0 else order,
         (f"Lu et al. 2022, {kind}, arXiv 2211.01095, algorithms 1 and 2",),
+        cost=lambda n: 2 * n - 1 if two else n,
         stochastic=eta > 0,
         when=(
             "stochastic, 20 to 100 evaluations: the best-known SDE solver"

@@ -182,24 +182,18 @@ def test_gradients_against_the_closed_form(gradient):
 
     def loss(x, shift):
         den = jdiff.denoiser(net, P, "x0", params=shift, cond=jnp.arange(4))
-        out, _ = ode.sample(den, x, end=end, last=0.0, rtol=1e-6, atol=1e-6, per_sample=False, gradient=gradient)
+        out, _ = ode.sample(den, x, end=end, last=0.0, rtol=1e-5, atol=1e-5, solver="Bosh3", **options)
         return jnp.sum(jnp.sin(out) @ c)
 
-    end = 0.05 if gradient == "adjoint" else 0.0
+    end, options = (0.05 if gradient == "adjoint" else 0.0), {"per_sample": False, "gradient": gradient}
     exact_loss = lambda x, shift: jnp.sum(jnp.sin((1 - end) * shift + G.flow(P, x, 1.0, end)) @ c)
     got, want = (jax.grad(f, (0, 1))(x, jnp.zeros(3)) for f in (loss, exact_loss))
     for a, b in zip(got, want, strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-4)
+        np.testing.assert_allclose(a, b, atol=1e-3)
     with pytest.raises(ValueError, match="gradient needs per_sample=False"):
         ode.sample(G.denoiser(P), x, gradient=gradient)
+    with pytest.raises(ValueError, match="gradient is 'backsolve'; expected one of 'checkpoint', 'adjoint', or None"):
+        ode.sample(G.denoiser(P), x, per_sample=False, gradient="backsolve")
     if gradient == "adjoint":
         with pytest.raises(ValueError, match="at sigma = 0 the slope has no derivative"):
             ode.sample(G.denoiser(P), x, last=0.0, per_sample=False, gradient=gradient)
-
-
-def test_no_reverse_mode_unless_asked_for():
-    loss = lambda x: jnp.sum(ode.sample(G.denoiser(P), x, last=0.0, rtol=1e-2, atol=1e-2)[0])
-    with pytest.raises(Exception, match="orward"):
-        jax.grad(loss)(start(P, 1))
-    with pytest.raises(ValueError, match="gradient is 'backsolve'; expected one of 'checkpoint', 'adjoint', or None"):
-        ode.sample(G.denoiser(P), start(P, 1), per_sample=False, gradient="backsolve")

@@ -50,6 +50,8 @@ def ours_of(name, entry, options):
         more = {"prediction": kind, "mode": options.get("pc_mode", "PEC"), "few_steps": few and kind == "x0"}
         orders = options["predictor_order"], options["corrector_order"]
         return solvers.sa_solver(*orders, tau=options["tau"], interval=None, **more)
+    if entry == "sample_dpmpp_2s_ancestral":
+        return solvers.dpm_solver_pp(2, options["eta"], method="ancestral")
     if name.startswith("hbunipc"):
         return solvers.heavy_ball(options["order"], options["beta"], base="unipc", as_published=True)
     if name.startswith("ghvb"):
@@ -130,6 +132,8 @@ def test_named_differences_are_differences(name):
         ("nesterov_3_beta0.5", solvers.heavy_ball(3, 0.5)),
         ("sa_data_pece_tau0.4_34", solvers.sa_solver(3, 4, 0.4, None, True)),  # PEC, one evaluation a step fewer
         ("sa_noise_pec_tau1_23", solvers.sa_solver(2, 3, 1.0, None)),  # a polynomial through D
+        ("k_2s_ancestral_eta0.5", solvers.dpm_solver_pp(2, 1.0, method="ancestral")),
+        ("k_2s_ancestral_eta0", solvers.dpm_solver_pp(2, method="singlestep")),  # inner points of the grid
         ("hbunipc_3_beta0.8", solvers.heavy_ball(3, 0.8, "unipc")),  # no velocity of D / sigma
         ("sa_few_steps_tau1_34", solvers.sa_solver(3, 4, interval=None)),  # the rescaled weights of appendix D
     ],

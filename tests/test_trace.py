@@ -66,6 +66,8 @@ VARIANTS = {
     "dpm_solver_pp_2s": solvers.dpm_solver_pp(2, method="singlestep", form="heun"),
     "dpm_solver_pp_3s": solvers.dpm_solver_pp(3, method="singlestep", form="heun"),
     "dpm_solver_pp_2s_sde": solvers.dpm_solver_pp(2, 1.0, method="singlestep"),
+    "dpm_solver_pp_2s_ancestral": solvers.dpm_solver_pp(2, 1.0, method="ancestral"),
+    "dpm_solver_pp_2s_between": solvers.dpm_solver_pp(2, method="ancestral"),
     "dpm_solver_pp_3_sde": solvers.dpm_solver_pp(3, 1.0),
     "deis_rk_2": solvers.deis(2, method="rk"),
     "deis_rk_3": solvers.deis(3, method="rk"),

@@ -9,6 +9,7 @@ repositories,
     th_deis/                github.com/qsh-zh/deis                 th_deis/
     sa_solver.py            github.com/scxue/SA-Solver             sa_solver.py
     momentum_scheduler.py   github.com/sWizad/momentum-diffusion   stable_diffusion/diffusion/momentum_scheduler.py
+    k_sampling.py           github.com/crowsonkb/k-diffusion 0.1.1 k_diffusion/sampling.py
     diff_solvers.py, solver_utils.py   github.com/zju-pi/diff-sampler   diff-solvers-main/solvers.py, solver_utils.py
 
 run `python tests/golden/make_official.py FOLDER`, or `.. FOLDER PREFIX ..` to make or replace the cases whose names

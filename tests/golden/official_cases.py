@@ -4,6 +4,7 @@ Each file is read as it is in the authors' repository (see make_official.py). Th
 what it asks for (eps, or the denoised sample), computed from the denoised sample of the basis vectors.
 """
 
+import ast
 import importlib
 import itertools
 import sys
@@ -135,6 +136,24 @@ def sa_solver(name: str, mode: str, tau: float, predictor: int, corrector: int, 
     return Case(name, "SA-Solver", "SASolver", options, "vp", "logSNR, 1 to 0.001", sampler, ends)
 
 
+def two_s_ancestral(name: str, folder: Path, eta: float, steps: int) -> Case:
+    """k-diffusion's dpmpp_2s_ancestral, of its file only the functions that it needs."""
+    wanted = ("to_d", "get_ancestral_step", "sample_dpmpp_2s_ancestral")
+    tree = ast.parse((folder / "k_sampling.py").read_text())
+    tree.body = [node for node in tree.body if getattr(node, "name", None) in wanted]
+    sizes = types.SimpleNamespace(append_dims=lambda x, n: x[(...,) + (None,) * (n - x.ndim)])
+    known = {"torch": torch, "trange": lambda n, **kw: range(n), "utils": sizes}
+    exec(compile(tree, "k_sampling.py", "exec"), known)
+    sigmas = np.append(karras(steps - 1, 0.1), 0.0)
+
+    def sampler(x, model, noise):
+        call = lambda x, sigma: model(x, 1.0, float(sigma[0]))
+        return known[wanted[-1]](call, x, torch.tensor(sigmas), eta=eta, noise_sampler=lambda *a: noise())
+
+    levels = np.stack([np.ones_like(sigmas), sigmas], axis=1)
+    return Case(name, "k-diffusion", wanted[-1], {"eta": eta}, "ve", "Karras 80..0.1, 0", sampler, levels)
+
+
 def _momentum_code() -> tuple[types.ModuleType, types.ModuleType]:
     stub = types.ModuleType("diffusers")
     for klass in ("DDIMScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "PNDMScheduler"):
@@ -247,6 +266,8 @@ def cases(folder: Path) -> Iterator[Case]:
         for tau, predictor, corrector in ((0.0, 3, 4), (1.0, 2, 3), (0.4, 3, 4)):
             name = f"sa_{kind}_{pc_mode.lower()}_tau{tau:g}_{predictor}{corrector}"
             yield sa_solver(name, "few_steps", tau, predictor, corrector, kind=kind, pc_mode=pc_mode)
+    for eta in (0.0, 0.5, 1.0):
+        yield two_s_ancestral(f"k_2s_ancestral_eta{eta:g}", folder, eta, 6)
     for order, beta in ((2, 0.5), (3, 0.8), (3, 1.0)):
         yield momentum_unipc(f"hbunipc_{order}_beta{beta:g}", order, beta)
     for short, entry in (("ghvb", "GHVBScheduler"), ("hb", "PLMSWithHBScheduler"), ("nesterov", "PLMSWithNTScheduler")):
