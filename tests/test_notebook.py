@@ -1,4 +1,4 @@
-"""The notebook runs from top to bottom, and the numbers that it computes hold."""
+"""The notebooks run from top to bottom, and the numbers that they compute hold."""
 
 import json
 from pathlib import Path
@@ -11,9 +11,9 @@ HERE = Path(__file__).parent.parent
 ORDERS = {"DDIM": 1, "DPM-Solver++(2M)": 2, "DEIS(3)": 3, "UniPC(3)": 4}  # nominal; a corrector adds one
 
 
-@pytest.fixture(scope="module")
-def numbers(tmp_path_factory):
-    notebook = nbformat.read(HERE / "notebooks" / "quickstart.ipynb", as_version=4)
+def execute(name):
+    """What the last cell prints, as JSON."""
+    notebook = nbformat.read(HERE / "notebooks" / f"{name}.ipynb", as_version=4)
     assert all(not cell.get("outputs") for cell in notebook.cells), "commit the notebook without outputs"
     where = {"metadata": {"path": HERE / "notebooks"}}  # opened as in a checkout, where jdiff need not be installed
     client = nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3", resources=where)
@@ -24,6 +24,11 @@ def numbers(tmp_path_factory):
         client.execute()
     outputs = notebook.cells[-1]["outputs"]
     return json.loads("".join(o["text"] for o in outputs if o.get("name") == "stdout"))
+
+
+@pytest.fixture(scope="module")
+def numbers():
+    return execute("quickstart")
 
 
 def test_measured_orders(numbers):
@@ -38,3 +43,15 @@ def test_few_steps_and_own_code(numbers):
     assert numbers["to_points"] < 0.01
     assert numbers["rms_own"] < rms["DDIM"]
     assert abs(numbers["sde_std"] - numbers["data_std"]) < 0.1
+
+
+def test_steering():
+    found = execute("steering")
+    log_z, error, exact = found["log_z"]
+    assert abs(log_z - exact) < 3 * error + 0.05
+    mean, target, unsteered = found["mean"]
+    assert abs(mean - target) < 0.08 < target - unsteered
+    base, best, steered = found["rewards"]
+    assert base < best < steered
+    few, many = found["curves"]["25"], found["curves"]["200"]
+    assert few[0] < few[-1] < many[-1] and abs(many[-1] - found["exact_mean"]) < 0.08

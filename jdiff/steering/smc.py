@@ -63,7 +63,8 @@ NONE = Potential(Partial(_nothing), Partial(_no_weight))  # the Stepper's own we
 
 class Particles(NamedTuple):
     """The state: the Stepper's own, the potential's memory, and per group log-weights, the log normaliser so far, each
-    particle's ancestor at the start and the number of times that the group was resampled."""
+    particle's ancestor at the start, the number of times that the group was resampled and the weights' relative
+    variance, over n, summed over those times."""
 
     inner: Any
     memory: PyTree
@@ -71,6 +72,7 @@ class Particles(NamedTuple):
     log_z: Float[Array, " groups"]
     eve: Integer[Array, "groups n"]
     times: Integer[Array, " groups"]
+    spread: Float[Array, " groups"]
 
     @property
     def x(self) -> PyTree:
@@ -80,7 +82,7 @@ class Particles(NamedTuple):
 class Info(NamedTuple):
     """Of each step and group: effective sample size before resampling, whether it was resampled, the share of its
     particles that survived (`acceptance`; 1 where it was not), ancestors within the group, the accumulated
-    log-weights before resampling, and what the step added to them."""
+    log-weights before resampling, what the step added to them, and with `trajectory` the particles before it."""
 
     ess: Float[Array, "*steps groups"]
     resampled: Bool[Array, "*steps groups"]
@@ -88,12 +90,12 @@ class Info(NamedTuple):
     ancestors: Integer[Array, "*steps groups n"]
     log_w: Float[Array, "*steps groups n"]
     increment: Float[Array, "*steps groups n"]
+    x: PyTree = ()
 
 
 class Result(NamedTuple):
     """x (batch, ...), its log-weights (zero after a last resampling), the log normalising constant of each group with
-    its standard error (Lee and Whiteley 2018, from the ancestry; NaN if all descend from one particle), `info` stacked
-    over steps, and the last state."""
+    its standard error (see `_error`), `info` stacked over steps, and the last state."""
 
     x: PyTree
     log_w: Float[Array, "groups n"]
@@ -128,6 +130,7 @@ def smc(
     share: float = 1.0,
     shards: int = 1,
     move: Callable[[PyTree, Array], PyTree] = gather,
+    trajectory: bool = False,
 ) -> execute.Stepper:
     """The Stepper with weights and resampling. Its rows are (row, at, last, k), the last three with the steps in front.
 
@@ -139,7 +142,8 @@ def smc(
     def init(key: Array | None, x: PyTree) -> Particles:
         n = jax.tree.leaves(x)[0].shape[0] // groups
         log_w, log_z = jnp.zeros((groups, n), jnp.float32), jnp.zeros(groups, jnp.float32)
-        return Particles(stepper.init(key, x), potential.init(x), log_w, log_z, _places(log_w), log_z.astype(jnp.int32))
+        times = jnp.zeros(groups, jnp.int32)
+        return Particles(stepper.init(key, x), potential.init(x), log_w, log_z, _places(log_w), times, log_z)
 
     def step(key: Array | None, state: Particles, row: Any) -> tuple[Particles, Info]:
         row, at, last, k = row
@@ -165,10 +169,11 @@ def smc(
         (inner, memory), chosen, new_w, eve = jax.lax.cond(now.any(), resampled, kept, None)
         factor = jnp.where(now, resampling.log_mean(new_w), 0.0)  # from the weights into the normaliser
         survived = jax.vmap(lambda a: jnp.zeros(a.shape, jnp.float32).at[a].set(1.0).mean())(chosen)
-        particles = Particles(
-            inner, memory, new_w - factor[:, None], state.log_z + factor, eve, state.times + now.astype(jnp.int32)
-        )
-        return particles, Info(size, now, survived, chosen, log_w, increment)
+        log_z, times = state.log_z + factor, state.times + now.astype(jnp.int32)
+        spread = state.spread + jnp.where(now, 1 / size - 1 / n, 0.0)
+        particles = Particles(inner, memory, new_w - factor[:, None], log_z, eve, times, spread)
+        seen = after.x if trajectory else ()
+        return particles, Info(size, now, survived, chosen, log_w, increment, seen)
 
     return execute.Stepper(init, step)
 
@@ -192,6 +197,7 @@ def run(
     final: bool = True,
     mesh: Mesh | None = None,
     shards: int | None = None,
+    trajectory: bool = False,
     times: Any = None,
 ) -> Result:
     """Run any Stepper with weights and resampling over `rows` (steps in front), from x (groups * n, ...).
@@ -203,7 +209,7 @@ def run(
     allowed = _allowed(x, K, groups, threshold, scheme, share, at, final)
     x, where, shards = meshes.place(x, groups, mesh, shards)
     rows = (rows, jnp.asarray(allowed), jnp.arange(K) == K - 1, jnp.arange(1, K + 1))
-    how = (scheme, groups, share, shards, where)
+    how = (scheme, groups, share, shards, where, trajectory)
     out = _scan(stepper, _partial(potential), rows, x, key, jnp.float32(threshold), how)
     return _check(out, times)
 
@@ -224,6 +230,7 @@ def sample(
     final: bool = True,
     mesh: Mesh | None = None,
     shards: int | None = None,
+    trajectory: bool = False,
 ) -> Result:
     """Sample with weights and resampling: `jdiff.sample` with a potential, one XLA program.
 
@@ -239,6 +246,8 @@ def sample(
                Without it, where x is already split over an axis, that one
     shards     devices that a group lies over, found from the mesh; the same number on one device gives the same samples
 
+    trajectory keep the particles of each step, in `info.x` (K, batch, ...): for pictures
+
     log_z is the log of the estimated normalising constant, the weights that are left included.
     Raises ValueError for a bad threshold, scheme, group size or step, before compilation; FloatingPointError where all
     weights of a group are zero or one is NaN or infinite (step and particle named), when called outside jit.
@@ -249,7 +258,7 @@ def sample(
     dtype, K = jax.tree.leaves(x)[0].dtype, tableau.nfe
     start = [jnp.asarray(a).astype(dtype) for a in (tableau.h0, tableau.c0)]
     rows = (execute.rows(tableau, dtype), jnp.asarray(allowed), jnp.arange(K) == K - 1, jnp.arange(1, K + 1))
-    how, kind = (scheme, groups, float(share), shards, where), tableau.record.prediction
+    how, kind = (scheme, groups, float(share), shards, where, trajectory), tableau.record.prediction
     out = _run(denoiser, proposal, _partial(potential), rows, *start, x, key, jnp.float32(threshold), kind, how)
     return _check(out, tableau.t)
 
@@ -266,22 +275,29 @@ def _run(denoiser, proposal, potential, rows, h0, c0, x, key, threshold, kind, h
 
 
 def _scan(stepper, potential, rows, x, key, threshold, how) -> Result:
-    scheme, groups, share, shards, where = how
+    scheme, groups, share, shards, where, trajectory = how
     move = gather if where is None else meshes.exchange(*where)
     options: dict[str, Any] = {"threshold": threshold, "scheme": scheme, "groups": groups, "share": share}
-    options |= {"shards": shards, "move": move}
+    options |= {"shards": shards, "move": move, "trajectory": trajectory}
     state, info = execute.run(smc(stepper, potential, **options), rows, x, key)
     log_z = state.log_z + resampling.log_mean(state.log_w)
-    return Result(state.x, state.log_w, log_z, jax.vmap(_error)(state.log_w, state.eve, state.times), info, state)
+    return Result(
+        state.x, state.log_w, log_z, jax.vmap(_error)(state.log_w, state.eve, state.times, state.spread), info, state
+    )
 
 
-def _error(log_w: Array, eve: Array, times: Array) -> Array:
-    """Standard error of log Z; its relative variance is 1 - (n / (n - 1))^(r + 1) (1 - sum of W^2 over families)."""
+def _error(log_w: Array, eve: Array, times: Array, spread: Array) -> Array:
+    """Standard error of one group's log Z: the root of the larger of two estimates of Z's relative variance.
+
+    From the ancestry, 1 - (n / (n - 1))^(r + 1) (1 - sum over families W^2), r resamplings (Lee and Whiteley 2018):
+    unbiased for multinomial resampling, too small for the other schemes. And the sum over resamplings, and the end, of
+    the weights' relative variance over n, which takes what came between to be independent.
+    """
     n = log_w.shape[0]
     families = jnp.zeros(n, jnp.float32).at[eve].add(jax.nn.softmax(log_w))
     inflate = (n / (n - 1.0)) ** (times + 1).astype(jnp.float32)
-    variance = 1.0 - inflate * (1.0 - jnp.sum(families**2))
-    return jnp.where(families.max() > 1.0 - 1e-6, jnp.nan, jnp.sqrt(jnp.maximum(variance, 0.0)))
+    ancestry = 1.0 - inflate * (1.0 - jnp.sum(families**2))
+    return jnp.sqrt(jnp.maximum(ancestry, spread + 1 / resampling.ess(log_w) - 1 / n))
 
 
 def _allowed(x, K, groups, threshold, scheme, share, at, final) -> np.ndarray:
