@@ -292,9 +292,27 @@ def path_noise():
     show("SDE-DPM-Solver++(2S), edm, log-SNR grid: worst relative error of a standard deviation at NFE", n, **rows)
 
 
+def momentum():
+    n = (8, 20, 50, 100)
+    rows = {}
+    for beta in (0.8, 0.5):
+        for name in ("ours", "as_published"):
+            solver = solvers.heavy_ball(3, beta, "unipc", as_published=name == "as_published")
+            std = [np.sqrt(np.diag(MODEL.law(solver(VP, times.logsnr(VP, k)))[1])) for k in n]
+            rows[f"beta_{beta}_{name}"] = [np.max(np.abs(s / STD - 1.0)) for s in std]
+    show("UniPC-3 with heavy ball, vp 1000, log-SNR: worst relative error of a standard deviation at steps", n, **rows)
+    end = VP.t_min
+    mass = lambda T: abs(T.unrolled()[-1] @ np.append(VP.alpha(T.t[0]), np.ones(T.nfe)) - VP.alpha(end))
+    rows = {}
+    for name in ("ours", "as_published"):
+        solver = solvers.heavy_ball(3, 0.8, "unipc", as_published=name == "as_published")
+        rows[name] = [mass(solver(VP, times.logsnr(VP, k, end=end))) for k in n]
+    show("the same, beta 0.8, to t_min: how far a point mass at 1 is moved", n, **rows)
+
+
 PARTS = (
     third_order, lower_order, unipc_bh, sde_order_three, deis_weights, repeated_sigma, grids, rounded_times, precision,
-    prior, cosine, heun_variable, ddpm_last_step, vary_coeff, singlestep, ipndm_v, path_noise,
+    prior, cosine, heun_variable, ddpm_last_step, vary_coeff, singlestep, ipndm_v, path_noise, momentum,
 )  # fmt: skip
 
 

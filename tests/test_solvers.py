@@ -159,6 +159,7 @@ NO_ORDER = (
     "dc_solver",
     "ghvb",
     "heavy_ball",
+    "heavy_ball_unipc",  # near its order late: tests/test_order.py
     *EVENLY,
 )  # ghvb, heavy_ball: tests/test_momentum.py, on equal steps
 ORDERS = {
