@@ -331,6 +331,23 @@ def test_golden_noise_to_first_order():
         guidance.golden_pairs(c, u, X, times.uniform(VP, 10), lambda x: jnp.sum(x))
 
 
+def test_noise_prompt_net_learns_golden_noise():
+    """The identity when built; after training nearer to golden noises of other starts than the start itself is."""
+    built = nets.NoisePromptNet(4, 1, num_classes=2, width=16, rngs=nnx.Rngs(0))
+    x, y = jax.random.normal(KEY, (192, 4, 4, 1), jnp.float32), jnp.arange(192, dtype=jnp.int32) % 2
+    close(built(x[:3], y[:3]), x[:3], 1e-5)
+    shift = jnp.where(y == 0, 0.5, -0.5).astype(jnp.float32).reshape(-1, 1, 1, 1)
+    golden = x + shift * x[:, ::-1].mean((1, 2), keepdims=True) + 0.5 * shift
+    pairs = guidance.Pairs(x[:128], golden[:128], np.ones(128, bool), np.zeros(128))
+    net = guidance.fit_noise_prompt(built, pairs, y[:128], KEY, steps=150, rate=1e-2)
+    off = lambda a: float(jnp.mean((a - golden[128:]) ** 2))
+    assert off(net(x[128:], y[128:])) < 0.3 * off(x[128:])
+    with pytest.raises(ValueError, match="num_classes=2 labels, and none were given"):
+        built(x)
+    with pytest.raises(ValueError, match="128 pairs"):
+        guidance.fit_noise_prompt(built, pairs, y, KEY)
+
+
 def test_reflect_loop():
     """Feedback that says how far is used at once; without memory it is best-of-N; the budget and K are kept."""
     seen = []

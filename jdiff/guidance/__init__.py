@@ -6,7 +6,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from .attention import Hunt, head_hunter, head_mask, perturbed, soft_pag
+from .attention import Head, Hunt, head_hunter, head_mask, perturbed, soft_pag
 from .branches import branches, combine
 from .compose import Factor, Track, compose, factor_graph, mix, timeline
 from .free import apg, autoguidance, cfg, cfg_pp, cfg_zero
@@ -14,7 +14,7 @@ from .gradient import classifier, dps, flowchef, loss_guidance, softplus
 from .reflection import reflection
 from .residual import residual_cfg
 from .schedule import at_steps, beta, cosine, linear, score_units, sine, step_gain
-from .search import Pairs, Reflected, golden_noise, golden_pairs, reflect_loop
+from .search import Pairs, Reflected, fit_noise_prompt, golden_noise, golden_pairs, reflect_loop
 from .threshold import threshold
 
 ALL: dict[str, Callable[..., Any]] = {
@@ -38,9 +38,9 @@ ALL: dict[str, Callable[..., Any]] = {
 }
 
 __all__ = [
-    "ALL", "Factor", "Hunt", "Pairs", "Reflected", "Track", "apg", "at_steps", "autoguidance", "beta", "branches",
-    "cfg", "cfg_pp", "cfg_zero", "classifier", "combine", "compose", "cosine", "dps", "factor_graph", "flowchef",
-    "golden_noise", "golden_pairs", "head_hunter", "head_mask", "linear", "loss_guidance", "mix", "perturbed",
-    "reflect_loop", "reflection", "residual_cfg", "score_units", "sine", "soft_pag", "softplus", "step_gain",
-    "threshold", "timeline",
+    "ALL", "Factor", "Head", "Hunt", "Pairs", "Reflected", "Track", "apg", "at_steps", "autoguidance", "beta",
+    "branches", "cfg", "cfg_pp", "cfg_zero", "classifier", "combine", "compose", "cosine", "dps", "factor_graph",
+    "fit_noise_prompt", "flowchef", "golden_noise", "golden_pairs", "head_hunter", "head_mask", "linear",
+    "loss_guidance", "mix", "perturbed", "reflect_loop", "reflection", "residual_cfg", "score_units", "sine",
+    "soft_pag", "softplus", "step_gain", "threshold", "timeline",
 ]  # fmt: skip

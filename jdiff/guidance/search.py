@@ -9,9 +9,11 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from jdiff.denoiser import Denoiser
+from jdiff.predict import wide
 
 from .free import cfg
 from .gradient import predict
+from .schedule import as_weight
 
 
 def golden_noise(
@@ -28,14 +30,21 @@ def golden_noise(
     a, s = p.alpha(t), p.sigma(t)
     if s[1] == 0:
         raise ValueError("golden_noise: times[1] is the data end, which has no inverse; give a grid of more steps")
-    at = lambda scale, x, t: predict(d := cfg(denoiser, unconditional, scale), x, jnp.asarray(t, _dtype(x)), d.init(x))
-    move = lambda x, D, i, j: jax.tree.map(lambda x, D: (s[j] / s[i]) * x + (a[j] - a[i] * s[j] / s[i]) * D, x, D)
-    z = move(x, at(high, x, t[0])[0], 0, 1)
-    return move(z, at(low, z, t[1])[0], 1, 0)
+    kind = wide(jax.tree.leaves(x)[0].dtype)
+    grid = tuple(jnp.asarray(v, kind) for v in (t, a, s))
+    return _there_and_back(denoiser, unconditional, x, grid, as_weight(float(high)), as_weight(float(low)))
 
 
-def _dtype(x: PyTree) -> Any:
-    return jax.tree.leaves(x)[0].dtype
+@jax.jit
+def _there_and_back(denoiser: Denoiser, unconditional: Denoiser, x: PyTree, grid: Any, high: Any, low: Any) -> PyTree:
+    t, a, s = grid
+
+    def move(x: PyTree, scale: Any, i: int, j: int) -> PyTree:
+        guided = cfg(denoiser, unconditional, scale)
+        D, _ = predict(guided, x, t[i], guided.init(x))
+        return jax.tree.map(lambda x, D: (s[j] / s[i]) * x + (a[j] - a[i] * s[j] / s[i]) * D, x, D)
+
+    return move(move(x, high, 0, 1), low, 1, 0)
 
 
 class Pairs(NamedTuple):
@@ -66,6 +75,37 @@ def golden_pairs(
         raise ValueError(f"golden_pairs: the reward returned shape {gain.shape}; expected ({len(x)},), finite")
     kept = gain > 0
     return Pairs(x[kept], golden[kept], kept, gain)
+
+
+def fit_noise_prompt(
+    net: Any, pairs: Pairs, labels: Array | None, key: Array, *, steps: int = 500, batch: int = 64, rate: float = 1e-3
+) -> Any:
+    """Train `jdiff.nets.NoisePromptNet`, or another NNX module net(x, y), on golden pairs: mean squared error, AdamW.
+
+    labels: of the kept pairs, pairs.kept applied, or None. Returns a new module; start from net(x, y) instead of x.
+    """
+    import optax
+    from flax import nnx
+
+    if len(pairs.start) == 0 or (labels is not None and len(labels) != len(pairs.start)):
+        raise ValueError(f"fit_noise_prompt: {len(pairs.start)} pairs; expected some, and a label for each if any")
+    graph, params = nnx.split(net)
+    optimizer = optax.adamw(optax.cosine_decay_schedule(rate, steps), weight_decay=1e-4)
+
+    @jax.jit
+    def update(params: Any, state: Any, key: Array) -> Any:
+        rows = jax.random.randint(key, (batch,), 0, len(pairs.start))
+        y = None if labels is None else labels[rows]
+        loss = lambda p: jnp.mean((nnx.merge(graph, p)(pairs.start[rows], y) - pairs.golden[rows]) ** 2)
+        slopes = jax.grad(loss)(params)
+        with jax.numpy_dtype_promotion("standard"):  # optax mixes integers and floats, which strict mode refuses
+            updates, state = optimizer.update(slopes, state, params)
+        return optax.apply_updates(params, updates), state
+
+    state = optimizer.init(params)
+    for k in jax.random.split(key, steps):
+        params, state = update(params, state, k)
+    return nnx.merge(graph, params)
 
 
 class Reflected(NamedTuple):
