@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from jdiff import order as order
     from jdiff import reproduce as reproduce
     from jdiff import solvers as solvers
-    from jdiff import steering as steering
     from jdiff import starts as starts
+    from jdiff import steering as steering
     from jdiff import train as train
 
 __version__ = "0.1.0"
