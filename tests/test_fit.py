@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import jdiff
-from jdiff import cli, exact, fit, process, solvers, times
+from jdiff import cli, exact, fit, nets, process, solvers, times
 from jdiff.fit.command import Labelled
 from jdiff.fit.free import coefficients, rollout
 
@@ -280,6 +281,39 @@ def test_the_predictor_ranks_what_it_has_not_seen():
     guess = fit.ranking(x[:120], y[:120])
     assert fit.kendall(guess(x[120:]), y[120:]) > 0.5 > abs(fit.kendall(rng.normal(size=40), y[120:])) + 0.2
     assert fit.kendall(y, y) == 1.0 == -fit.kendall(y, -y)
+
+
+def test_autodiffusion_searches_times_and_layers_of_a_net():
+    """A tiny DiT with random weights: masks act where they should, and the search finds those that made the target."""
+    net = nets.build("DiT-Ti/2", 8, 1, num_classes=3, depth=3, width=16, heads=2, rngs=nnx.Rngs(0))
+    rng = np.random.default_rng(0)
+    graph, state = nnx.split(net)
+    state = jax.tree.map(lambda a: jnp.asarray(0.3 * rng.normal(size=a.shape), a.dtype), state)
+    p = process.vp_linear()
+    x, labels = p.prior(jax.random.key(0), (4, 8, 8, 1)), jnp.arange(4, dtype=jnp.int32) % 3
+    model = jdiff.denoiser(nnx.merge(graph, state), p, "v", cond=labels)
+    run = lambda model, table: np.asarray(jdiff.sample(model, table, x))
+    table = solvers.ddim()(p, [1.0, 0.5, 0.0])
+    np.testing.assert_array_equal(run(fit.layered(model, np.ones((2, 3))), table), run(model, table))
+    one, other = (run(fit.layered(model, masks), table) for masks in ([[1, 0, 1], [1, 1, 0]], [[1, 1, 0], [1, 0, 1]]))
+    by_hand = model.with_cond({"y": labels, "blocks": jnp.array([1.0, 0.0, 1.0])})
+    first = jdiff.sample(by_hand, solvers.ddim()(p, [1.0, 0.5]), x)
+    np.testing.assert_allclose(run(fit.layered(model, [[1, 0, 1]]), solvers.ddim()(p, [1.0, 0.5])), first, rtol=1e-6)
+    assert np.abs(one - other).max() > 1e-3  # each evaluation has its own row
+    calls = []
+
+    def fitness(model, table):
+        calls.append(1)
+        return float(np.square(run(model, table) - one).mean())
+
+    found = fit.autodiffusion(model, 2, 3, fitness, keep=2 / 3, total=4, budget=60, population=10)
+    assert len(calls) == 60 and found.stages[-1].best[0][1] == 1 and found.stages[-1].best[1] == ((1, 0, 1), (1, 1, 0))
+    assert found.stages[-1].score < 1e-8 < found.stages[0].score  # with full masks the target is out of reach
+    np.testing.assert_allclose(run(found.model, found.tableau), one, atol=1e-5)
+    with pytest.raises(TypeError, match=r"lifted by jdiff\.denoiser"):
+        fit.layered(jdiff.Denoiser(lambda x: (), lambda x, t, c: (x, c), p, "x0"), [[1]])
+    with pytest.raises(ValueError, match=r"masks has shape \(3,\)"):
+        fit.layered(model, [1, 1, 1])
 
 
 def test_subsets_of_times_and_layers():

@@ -11,6 +11,7 @@ from jdiff.solvers.file import save
 from . import compensation
 from .free import Params, from_tableau, to_tableau
 from .gradient import Fit, objective, standard, table
+from .layers import AutoDiffusion, autodiffusion, layered
 from .olss import Olss, olss
 from .reference import Reference, Source, fingerprint, reference
 from .report import errors, report
@@ -19,8 +20,8 @@ from .search import Found, Space, evolution, kendall, ranking
 from .spaces import Subset, compile_schedule, grid, s3, schedules, subsets
 
 __all__ = [
-    "Fit", "Found", "Olss", "Params", "Reference", "Source", "Space", "Subset", "compensation",
-    "compile_schedule", "errors", "evolution", "fingerprint", "from_tableau", "grid", "kendall", "objective", "olss",
-    "ranking", "reference", "report", "s3", "save", "schedules", "score", "squares", "standard", "subsets", "table",
-    "to_tableau",
+    "AutoDiffusion", "Fit", "Found", "Olss", "Params", "Reference", "Source", "Space", "Subset", "autodiffusion",
+    "compensation", "compile_schedule", "errors", "evolution", "fingerprint", "from_tableau", "grid", "kendall",
+    "layered", "objective", "olss", "ranking", "reference", "report", "s3", "save", "schedules", "score", "squares",
+    "standard", "subsets", "table", "to_tableau",
 ]  # fmt: skip

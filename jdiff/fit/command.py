@@ -89,7 +89,14 @@ def fit_solver(run: Path, config: FitConfig) -> dict[str, Any]:
     folder = config.out.parent / "references" if config.references is None else config.references
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     with Progress(*columns) as bar:
-        task = bar.add_task("reference trajectories", total=4.0)
+        task, printed = bar.add_task("reference trajectories", total=4.0), [-1]
+
+        def tell(completed: float, text: str) -> None:
+            bar.update(task, completed=completed, description=text)
+            if not bar.console.is_terminal and (tenth := int(2.5 * completed)) > printed[0]:  # a log: a line a tenth
+                printed[0] = tenth
+                print(f"{completed / 4:4.0%}  {text}", flush=True)
+
         sets: list[Reference] = []
         for i, n in enumerate((config.train, config.valid, config.held)):
             seed = 3 * config.seed + 1 + i
@@ -97,12 +104,12 @@ def fit_solver(run: Path, config: FitConfig) -> dict[str, Any]:
             sets.append(
                 reference(
                     source, n, shape, seed, tolerance=config.tolerance, batch=min(n, 256), file=file, key=name,
-                    progress=lambda done, i=i: bar.update(task, completed=(i + done) / 3),
+                    progress=lambda done, i=i: tell((i + done) / 3, "reference trajectories"),
                 )
             )  # fmt: skip
         fit = table(
             source, config.nfe, sets[0], sets[1], steps=config.steps, batch=config.batch, starts=config.starts,
-            seed=config.seed, progress=lambda done, text: bar.update(task, completed=1 + 3 * done, description=text),
+            seed=config.seed, progress=lambda done, text: tell(1 + 3 * done, text),
         )  # fmt: skip
     said = report(source, fit, sets[2])
     options = {"label": config.label, "guidance": config.guidance, "ema": config.ema}
