@@ -87,7 +87,10 @@ def autodiffusion(
         return layered(model, np.array(a[1]).reshape(k, blocks)), make(p, times)
 
     def search(share: float, initial: Sequence[Subset], start: float, end: float) -> Found[Subset]:
-        say = None if progress is None else lambda done, text: progress(start + (end - start) * done, text)
+        def say(done: float, text: str) -> None:
+            if progress is not None:
+                progress(start + (end - start) * done, text)
+
         return evolution(
             subsets(total, k, blocks, share), lambda many: np.array([float(fitness(*pair(a))) for a in many]),
             initial=initial, budget=round(budget * (end - start)), population=population, seed=seed, progress=say,
