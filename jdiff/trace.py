@@ -36,7 +36,7 @@ class Linear:
     def __init__(self, tape: "_Tape", terms: tuple[tuple[Any, "Linear"], ...], name: str = "u"):
         self.tape, self.terms, self.name, self.segment = tape, terms, name, tape.segment
 
-    def __add__(self, other: "Linear") -> "Linear":
+    def __add__(self, other: Any) -> "Linear":  # a symbol, or nothing: 0
         if not isinstance(other, Linear):
             if np.all(np.asarray(other) == 0):
                 return self
@@ -233,9 +233,14 @@ def trace(
 
     # Register allocation: 0 is the evaluation point, the others keep their place while they live.
     places: list[dict[Linear, int]] = []
+    born: list[list[Linear]] = [[] for _ in range(K + 1)]
+    for node in until:
+        born[node.segment].append(node)
+    rank = {node: i for i, node in enumerate(until)}
+    alive: list[Linear] = []
     for k, point in enumerate(points):
-        live = [n for n in until if n.segment <= k <= until[n]] if k < K else kept
-        live = [n for n in live if n is not point]
+        alive = sorted((n for n in [*alive, *born[k]] if until[n] >= k), key=rank.__getitem__)
+        live = [n for n in (alive if k < K else kept) if n is not point]
         before = places[-1] if places else {}
         place = {point: 0} | {n: before[n] for n in live if before.get(n, 0) > 0}
         free = (r for r in range(1, len(live) + K + 2) if r not in place.values())
