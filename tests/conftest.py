@@ -7,7 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from beartype import BeartypeConf
-from beartype.claw import beartype_package
+from beartype.claw import beartype_packages
 from jaxtyping import install_import_hook
 
 # Hundreds of small programs are compiled here and each is run once or twice, so the compiler is told to be quick: that
@@ -26,14 +26,20 @@ jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
+HOST = ("process", "times", "predict", "tableau", "trace", "order", "solvers")
+
+
 def modules_with_shapes():
-    """What jaxtyping has to check. Its wrapper makes a call of any function ten times as slow: in the modules that
-    state no shapes, where a tableau is thousands of small calls on the host, beartype checks alone."""
+    """What jaxtyping checks: all but HOST, where beartype checks alone unless a file states shapes. jaxtyping's wrapper
+    makes any call ten times as slow, and on the host a tableau is thousands of small calls."""
     root = Path(__file__).parent.parent
     for file in iglob("jdiff/**/*.py", root_dir=root, recursive=True):
-        if re.search(r"\b(Bool|Float|Int|Integer|Num|Shaped)\[", (root / file).read_text()):
-            yield file.removesuffix(".py").removesuffix("/__init__").replace(os.sep, ".")
+        package, *parts = file.removesuffix(".py").removesuffix(f"{os.sep}__init__").split(os.sep)
+        shapes = re.search(r"\b(Bool|Float|Int|Integer|Num|Shaped)\[", (root / file).read_text())
+        if parts and (shapes or parts[0] not in HOST):
+            yield ".".join([package, *parts])
 
 
-beartype_package("jdiff", conf=BeartypeConf(is_pep484_tower=True, claw_is_pep526=False))
+TYPES = BeartypeConf(is_pep484_tower=True, claw_is_pep526=False)
+beartype_packages([f"jdiff.{name}" for name in HOST], conf=TYPES)
 install_import_hook([*modules_with_shapes()], "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
