@@ -141,8 +141,8 @@ def test_bad_options():
         solvers.ghvb(6)
     with pytest.raises(ValueError, match="0 < beta <= 1"):
         solvers.heavy_ball(2, 0.0)
-    with pytest.raises(ValueError, match="'plms' or 'dpm_solver_pp'"):
-        solvers.heavy_ball(2, base="unipc")
+    with pytest.raises(ValueError, match="'plms', 'dpm_solver_pp' or 'unipc'"):
+        solvers.heavy_ball(2, base="euler")
     with pytest.raises(ValueError, match="has order 2"):
         solvers.heavy_ball(4, base="dpm_solver_pp")
     with pytest.raises(ValueError, match="'sigma' or 'lam'"):
