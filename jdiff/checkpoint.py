@@ -175,7 +175,7 @@ def _abstract(tree: PyTree) -> PyTree:
 # --------------------------------------------------------------------------------------------- one configuration
 def write_json(path: str | os.PathLike, value: Any) -> None:
     """Write JSON so that a reader, or a kill, sees the old file or the new one, never half of one."""
-    temporary = Path(path).with_suffix(".tmp")
+    temporary = Path(path).with_suffix(f".{os.getpid()}.tmp")
     temporary.write_text(json.dumps(value, indent=1) + "\n")
     os.replace(temporary, path)
 

@@ -26,7 +26,7 @@ def cut_csv(path: str | os.PathLike, step: int, columns: tuple[str, ...]) -> Non
     if path.exists():
         lines = path.read_text().split("\n")[:-1]  # without its newline a last line is not complete
         rows = [r for r in csv.reader(lines) if len(r) == len(columns) and r[0].isdigit() and int(r[0]) <= step]
-    temporary = path.with_suffix(".tmp")
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
     with open(temporary, "w", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows([columns, *rows])
     os.replace(temporary, path)
