@@ -91,8 +91,8 @@ def test_rescale_keeps_the_conditional_deviation():
 
 def test_interval_is_half_open_and_saves_the_second_branch():
     c, u = pair()
-    guided = guidance.cfg(c, u, 3.0, interval=(0.3, 0.6))
-    for t, inside in ((0.3, False), (0.31, True), (0.6, True), (0.61, False)):
+    guided = guidance.cfg(c, u, 3.0, interval=(0.3, 0.7))
+    for t, inside in ((0.3, False), (0.31, True), (0.7, True), (0.71, False)):
         expected = guidance.cfg(c, u, 3.0)(X, t) if inside else c(X, t)
         close(guided(X, t), expected)
     each = jnp.asarray([0.2, 0.4, 0.5, 0.7, 0.9]).reshape(5, 1)  # a time a sample

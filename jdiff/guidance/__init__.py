@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .attention import Head, Hunt, head_hunter, head_mask, perturbed, soft_pag
-from .branches import branches, combine
+from .branches import combine
 from .compose import Factor, Track, compose, factor_graph, mix, timeline
 from .free import apg, autoguidance, cfg, cfg_pp, cfg_zero
 from .gradient import classifier, dps, flowchef, loss_guidance, softplus
@@ -39,7 +39,7 @@ ALL: dict[str, Callable[..., Any]] = {
 
 __all__ = [
     "ALL", "Factor", "Head", "Hunt", "Pairs", "Reflected", "Track", "apg", "at_steps", "autoguidance", "beta",
-    "branches", "cfg", "cfg_pp", "cfg_zero", "classifier", "combine", "compose", "cosine", "dps", "factor_graph",
+    "cfg", "cfg_pp", "cfg_zero", "classifier", "combine", "compose", "cosine", "dps", "factor_graph",
     "fit_noise_prompt", "flowchef", "golden_noise", "golden_pairs", "head_hunter", "head_mask", "linear",
     "loss_guidance", "mix", "perturbed", "reflect_loop", "reflection", "residual_cfg", "score_units", "sine",
     "soft_pag", "softplus", "step_gain", "threshold", "timeline",

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.tree_util import Partial
 from jaxtyping import PyTree
 
@@ -81,7 +82,7 @@ def present(denoisers: Sequence[Denoiser | None], name: str) -> list[Denoiser]:
 
 
 def check_interval(interval: Interval | None, process: Process, name: str) -> Any:
-    """(t_low, t_high) as arrays, or None."""
+    """(t_low, t_high) as arrays, or None; float64, so that a bound that is a time of the grid compares as it."""
     if interval is None:
         return None
     low, high = (float(v) for v in interval)
@@ -92,7 +93,7 @@ def check_interval(interval: Interval | None, process: Process, name: str) -> An
             f"{name}: interval is {interval}, outside the process's times [0, {process.t_max:g}]; it is given in the "
             "time of the process (process.t_of_lam turns log-SNR into it)"
         )
-    return jnp.asarray(low, jnp.float32), jnp.asarray(high, jnp.float32)
+    return np.asarray(low, np.float64), np.asarray(high, np.float64)
 
 
 def check_number(value: Any, name: str, low: float, high: float) -> None:
