@@ -62,6 +62,9 @@ ROWS: dict[str, Row] = {
     "difference, 100 steps": Row(100),
     "difference, 200 steps": Row(200),
     "difference, 800 steps": Row(800),
+    "max, 25 steps": Row(25, "max"),
+    "sum, 25 steps": Row(25, "sum"),
+    "importance sampling, 25 steps": Row(25, "last"),
     "difference, weights dropped (published code)": Row(published=True),
 }
 

@@ -65,11 +65,13 @@ def test_lambda_zero_changes_nothing():
     assert not np.asarray(out.info.resampled).any() and out.log_z[0] == 0
 
 
-def test_weights_telescope():
-    """Without resampling on the way, each particle's weight is exp(lambda r(x0)), whatever the potential."""
-    for kind in ("difference", "max", "sum", "last"):
-        out = run(kind, 50, at=(), final=False)
-        np.testing.assert_allclose(out.log_w[0], LAM * linear(out.x), rtol=2e-4, atol=2e-4)
+@pytest.mark.parametrize("kind", ["difference", "max", "sum", "last"])
+def test_weights_telescope(kind):
+    """Weighed on the way but never resampled, each particle ends with exp(lambda r(x0)), whatever the potential."""
+    out = run(kind, 50, at=(10, 20, 30), threshold=1e-6, final=False)
+    assert not np.asarray(out.info.resampled).any()
+    assert (np.abs(np.asarray(out.info.increment)[[9, 19, 29]]).max(-1) > 0.1).all() == (kind != "last")
+    np.testing.assert_allclose(out.log_w[0], LAM * linear(out.x), rtol=2e-4, atol=2e-4)
 
 
 def test_dropping_weights_is_wrong():

@@ -1,6 +1,7 @@
 """Steering beyond the core: guided proposals, draws of x0, tokens, particles over eight devices."""
 
 import itertools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -72,6 +73,19 @@ def test_rewards_of_posterior_draws():
     """Intermediate rewards from four short chains a particle; a schedule of lambda ends at the target's."""
     draws = steering.posterior_draws(DENOISER, TABLE, solvers.ddpm(), m=4, steps=3)
     check(*estimates(groups=12, n=400, draws=draws, lam=np.linspace(0.5, LAM, TABLE.nfe))[:2])
+
+
+def test_the_reward_of_several_draws_is_their_mean_weight():
+    """log mean exp(lambda r) over the draws, by NumPy; and of the potentials after two looks."""
+    x0 = np.random.default_rng(0).normal(size=(3, 5, 2)).astype(np.float32)
+    after = types.SimpleNamespace(x=jnp.zeros((5, 2), jnp.float32))
+    step = steering.Step(1, None, None, None, after, jnp.asarray(True), jnp.asarray(False))
+    now = np.log(np.mean(np.exp(LAM * (x0 @ C)), 0))
+    for kind, second in (("difference", 0 * now), ("max", now), ("sum", 2 * now)):
+        init, weigh = steering.fk(linear, LAM, kind, draws=lambda key, step: jnp.asarray(x0))
+        increment, memory = weigh(jax.random.key(0), step, init(jnp.zeros((5, 2), jnp.float32)))
+        np.testing.assert_allclose(increment, now, rtol=1e-5)
+        np.testing.assert_allclose(weigh(jax.random.key(0), step, memory)[0], second, rtol=1e-5, atol=1e-5)
 
 
 def test_best_of_n():
