@@ -14,6 +14,7 @@ import numpy as np
 
 from jdiff import solvers, times
 from jdiff.process import Process
+from jdiff.statistics import Statistics
 from jdiff.tableau import Tableau
 
 Build = Callable[[Process, int], Tableau]
@@ -110,13 +111,13 @@ def _setups() -> dict[str, tuple[str, Build]]:
     return found
 
 
-def with_statistics(file: str) -> dict[str, tuple[str, Build]]:
-    """DPM-Solver-v3's set-ups, with statistics of the model that `jdiff.statistics` measured and kept in `file`."""
+def with_statistics(measured: Statistics) -> dict[str, tuple[str, Build]]:
+    """DPM-Solver-v3's set-ups, with statistics of the model that `jdiff.statistics` measured."""
     found: dict[str, tuple[str, Build]] = {}
     for skip, grid in {"logSNR": "logsnr", "time_uniform": "uniform"}.items():
         for order in (2, 3):
             for name, corrector in {"corrector": "pseudo", "no corrector": None}.items():
-                solver = solvers.get("dpm_solver_v3", statistics=file, order=order, corrector=corrector)
+                solver = solvers.get("dpm_solver_v3", statistics=measured, order=order, corrector=corrector)
                 build = lambda p, nfe, s=solver, g=grid: s(p, times.ALL[g](p, nfe, end=p.t_min))
                 found[f"dpm-solver-v3* o{order},{skip},{name}"] = ("vp", build)
     return found

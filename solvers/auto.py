@@ -3,10 +3,12 @@
     table, report = jdiff.solvers.auto(denoiser, 8, x, key)       # x: some noise, (batch, ...), as for jdiff.sample
     samples = jdiff.sample(denoiser, table, noise)
 
-Solvers are data, so trying one costs no compilation: every candidate of an NFE runs in one compiled program on the
+Solvers are data, so trying one costs no compilation: every candidate, of any NFE, runs in one compiled program on the
 same noise, and is compared with where the model's own probability flow ends. A race: all candidates on one batch, the
 best of them on more batches, the grids of the best few improved by a short search. What is reported for the chosen
 one is its error on a batch that the choice did not see.
+
+Among the candidates is DPM-Solver-v3, whose statistics are estimated on the model by the way (`jdiff.statistics`).
 """
 
 import dataclasses
@@ -20,19 +22,21 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from jdiff import noise, times
+from jdiff import noise, statistics, times
 from jdiff.denoiser import Denoiser
-from jdiff.execute import rows, run, sample, stepper
+from jdiff.execute import rows, stepper
 from jdiff.process import Process
 from jdiff.tableau import Tableau
 from jdiff.trace import Solver
 
 CANDIDATES = (
     "dpm_solver_pp(order=2)", "dpm_solver_pp(order=2, form='heun')", "dpm_solver_pp(order=3, as_published=True)",
-    "dpm_solver(order=3, method='multistep')", "deis(order=3)", "deis(order=2, variable='lam')",
+    "deis(order=3)", "deis(order=2, variable='lam')",
     "deis(order=3, variable='lam')", "unipc(order=2)", "unipc(order=3)", "unipc(order=3, lower_order_final=False)",
     "unipc(order=3, prediction='eps')",
 )  # fmt: skip
+V3 = {f"dpm_solver_v3(order={order})": order for order in (2, 3)}  # tried with statistics of the model
+ROWS, REGISTERS = 2048, 6  # tables are filled up to these: one compiled program for all
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,7 @@ def auto(
     batches: int = 4,
     tune: int = 3,
     steps: int | None = None,
+    measured: statistics.Statistics | bool = True,
 ) -> tuple[Tableau, Report]:
     """The deterministic solver and grid that follow this model's probability flow best with `nfe` evaluations.
 
@@ -96,10 +101,13 @@ def auto(
     candidates  solvers, or texts that `solvers.parse` reads; each runs on every grid of `grids`
     tune        how many of the best get their grid improved; 0: none
     steps       of the first reference (doubled until halving them changes little); default 8 nfe, at least 128
+    measured    the model's statistics, with which DPM-Solver-v3 is a candidate too; True: estimated here where x is one
+                array and the denoiser has derivatives forward (about 5 evaluations at each of 61 noise levels, of two
+                batches; give them where you choose for several NFE: `measure(denoiser, x, key)`); False: none
 
-    Guidance and thresholding are part of the denoiser. Ranked by the geometric mean of rms and median: on data with
-    modes a few trajectories that end in another mode make the rms, and the median is blind to them. The same
-    arguments give the same choice. Returns (table, report). ValueError for nfe < 1, an empty batch, or a missing key.
+    Guidance and thresholding are part of the denoiser. Ranked by `objective`: the typical error and, evenly, the mean
+    one, which hears the few trajectories that end in another mode without being ruled by them. The same arguments
+    give the same choice. Returns (table, report). ValueError for nfe < 1, an empty batch, or a missing key.
     """
     from jdiff import solvers
 
@@ -117,22 +125,25 @@ def auto(
     starts = [x, *(more(i) for i in range(1, batches + 1))]  # the last is held out
     named = {s if isinstance(s, str) else s.name: solvers.parse(s) if isinstance(s, str) else s for s in candidates}
 
-    made = tables(p, tuple(candidates), int(nfe))
+    made, spent = tables(p, tuple(candidates), int(nfe)), 0
     if not made:
         raise ValueError(f"auto: no candidate can be built with NFE {nfe}")
-    registers = max(table.registers for table, _ in made.values())
-    spent = 0
+    if measured is True:
+        measured, spent = measure(denoiser, x, jax.random.fold_in(key, batches + 1))
+    if measured:
+        v3 = {text: solvers.get("dpm_solver_v3", order=order, statistics=measured) for text, order in V3.items()}
+        named |= v3
+        made |= {(text, grid): T for text, s in v3.items() for (_, grid), T in tables(p, (s,), int(nfe)).items()}
 
     def errors(table: Tableau, which: Sequence[int]) -> np.ndarray:
         nonlocal spent
         spent += table.nfe * len(which)
-        padded, dtype = _idle(table, nfe, registers), jax.tree.leaves(x)[0].dtype
-        program, start = rows(padded, dtype), [jnp.asarray(v, dtype) for v in (padded.h0, padded.c0)]
-        return np.concatenate([_each(denoiser, program, *start, starts[i], targets[i]) for i in which])
+        return np.concatenate([squares(ends(denoiser, table, starts[i]), targets[i]) for i in which])
 
     # The reference, doubled until it is good enough for the first few candidates that one would try anyway.
     n = steps or max(128, 8 * nfe)
-    targets, gap, spent = _reference(denoiser, starts, n)
+    targets, gap, cost = _reference(denoiser, starts, n)
+    spent += cost
     scale = min(_figures(errors(table, [0])) for table, _ in list(made.values())[:: max(1, len(made) // 16)])
     size = np.sqrt(np.mean([np.mean(np.square(leaf)) for leaf in jax.tree.leaves(targets)]))
     rounding = 50.0 * float(jnp.finfo(leaves[0].dtype).eps) * float(size)
@@ -141,22 +152,37 @@ def auto(
         targets, gap, cost = _reference(denoiser, starts, n, targets)
         spent += cost
 
-    first = {name: _score(errors(table, [0])) for name, (table, _) in made.items()}
+    first = {name: objective(errors(table, [0])) for name, (table, _) in made.items()}
     best = sorted(first, key=first.__getitem__)[: max(12, 4 * tune)]
     used = list(range(batches))
     trials = {name: errors(made[name][0], used) for name in best}
-    order = sorted(best, key=lambda name: _score(trials[name]))
+    order = sorted(best, key=lambda name: objective(trials[name]))
     for name in order[:tune]:
         found = _tuned(p, named[name[0]], made[name][1], lambda t: errors(t, used), trials[name])
         if found is not None:
             better = (name[0], f"{name[1]}, tuned")
             made[better], trials[better] = found[:2], found[2]
-    order = sorted(trials, key=lambda name: _score(trials[name]))
+    order = sorted(trials, key=lambda name: objective(trials[name]))
     table, t = made[order[0]]
     held_out = _figures(errors(table, [batches]))
     ranking = tuple(Trial(*name, *_figures(trials[name])) for name in order)
     batch = int(np.shape(leaves[0])[0])
     return table, Report(nfe, *order[0], t, held_out, gap, n, spent, batch, ranking)
+
+
+def measure(denoiser: Denoiser, x: PyTree, key: Array) -> tuple[statistics.Statistics | bool, int]:
+    """(statistics of a model that `auto` tries DPM-Solver-v3 with, False where there are none; the evaluations spent).
+
+    x: a batch (batch, ...), for its shape. None for samples that are trees, or without derivatives forward.
+    """
+    if not isinstance(x, (jax.Array, np.ndarray)):
+        return False, 0
+    try:
+        found = statistics.estimate(denoiser, x.shape[1:], key, n=2 * len(x), batch=len(x), n_lam=60)
+    except TypeError:  # a function with derivatives backward alone
+        return False, 0
+    probes = int(np.prod(x.shape[1:])) if np.prod(x.shape[1:]) <= 16 else 1  # as `estimate` has it
+    return found, 2 * 61 * (3 + 2 * probes)
 
 
 def grids(p: Process) -> dict[str, Callable[[int], np.ndarray]]:
@@ -204,39 +230,43 @@ def _tables_of(p: Process, candidate: str | Solver, nfe: int) -> Tables:
     return found
 
 
-def _idle(table: Tableau, nfe: int, registers: int) -> Tableau:
-    """Idle registers and rows, so that all candidates are of one shape; the idle rows come last and change nothing."""
-    table = table.pad(registers, 0)
-    k, eye = nfe - table.nfe, np.eye(registers).reshape(registers, registers, *[1] * (np.ndim(table.A) - 3))
-    last = lambda v: np.repeat(np.asarray(v)[-1:], k, axis=0)
-    join = lambda v, more: None if v is None else np.concatenate([np.asarray(v), more])
-    return table.replace(
-        t=join(table.t, last(table.t)),
-        A=join(table.A, 0.0 * last(table.A) + eye),
-        **{name: join(v, 0.0 * last(v)) for name in "BCE" if (v := getattr(table, name)) is not None},
-    )
+def ends(denoiser: Denoiser, table: Tableau, x: PyTree) -> PyTree:
+    """`jdiff.sample` of a deterministic tableau, compiled once for all of them, whatever their length: for calibration.
+
+    Coefficients a dimension are a second program.
+    """
+    R, plain = max(REGISTERS, table.registers), np.ndim(table.A) == 3 and table.E is None
+    program, dtype = rows(table.pad(R, 0), dtype := jax.tree.leaves(x)[0].dtype), dtype
+    n = ROWS if plain else ROWS // 32
+    n = -(-table.nfe // n) * n
+    program = jax.tree.map(lambda v: np.pad(np.asarray(v), [(0, n - table.nfe), *[(0, 0)] * (v.ndim - 1)]), program)
+    h0 = np.pad(np.asarray(table.h0, dtype), [(0, R - table.registers), *[(0, 0)] * (np.ndim(table.h0) - 1)])
+    return _ends(denoiser, program, np.int32(table.nfe), h0, x)
 
 
 @jax.jit
-def _each(denoiser: Denoiser, program: Any, h0: Array, c0: Array, x: PyTree, target: PyTree) -> Array:
-    """Mean square error of each sample, (batch,)."""
-    state, _ = run(stepper(denoiser, h0, c0), program, x)
-    square = jax.tree.map(lambda a, b: ((a - b) ** 2).reshape(a.shape[0], -1), state.x, target)
-    return jnp.concatenate(jax.tree.leaves(square), 1).mean(1)
+def _ends(denoiser: Denoiser, program: Any, count: Array, h0: Array, x: PyTree) -> PyTree:
+    init, step = stepper(denoiser, h0, jnp.zeros((h0.shape[0], 0), h0.dtype))
+    body = lambda k, state: step(None, state, jax.tree.map(lambda v: v[k], program))[0]
+    return jax.lax.fori_loop(0, count, body, init(None, x)).x
+
+
+def squares(a: PyTree, b: PyTree) -> np.ndarray:
+    """Mean square distance of each sample, (batch,) float64."""
+    host = lambda tree: [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(tree)]
+    each = [np.square(u - v).reshape(len(u), -1) for u, v in zip(host(a), host(b), strict=True)]
+    return np.concatenate(each, 1).mean(1)
 
 
 def _reference(
     denoiser: Denoiser, starts: Sequence[PyTree], n: int, half: Sequence[PyTree] | None = None
 ) -> tuple[list[PyTree], tuple[float, float], int]:
     """Where the flow ends, by n steps; (rms, median) of the change from n / 2 steps; the evaluations spent."""
-    solve = lambda n: [sample(denoiser, _fine_table(denoiser.process, n), x) for x in starts]
+    solve = lambda n: [ends(denoiser, _fine_table(denoiser.process, n), x) for x in starts]
     spent = n * len(starts) if half is not None else (n + n // 2) * len(starts)
     half = solve(n // 2) if half is None else half
     full = solve(n)
-    square = lambda a, b: np.concatenate([np.square(u - v).reshape(len(u), -1) for u, v in zip(a, b, strict=True)], 1)
-    host = lambda tree: [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(tree)]
-    each = [square(host(a), host(b)).mean(1) for a, b in zip(full, half, strict=True)]
-    return full, _figures(np.concatenate(each)), spent
+    return full, _figures(np.concatenate([squares(a, b) for a, b in zip(full, half, strict=True)])), spent
 
 
 @functools.lru_cache(maxsize=16)
@@ -265,9 +295,22 @@ def _figures(each: np.ndarray) -> tuple[float, float]:
     return float(np.sqrt(np.mean(each))), float(np.sqrt(np.median(each)))
 
 
-def _score(each: np.ndarray) -> float:
-    rms, median = _figures(each)
-    return float(np.log(max(rms, 1e-30)) + np.log(max(median, 1e-30)))
+def objective(squares: Any, weight: float = 1.0, shares: Any = None) -> float:
+    """mean log e^2 + weight log (mean e)^2 of the mean squares e^2 (n,) of the trajectories' errors: the first term is
+    for the typical one, the second for the few that end in another mode (the tail of such errors falls as 1 / e^2, so
+    that the mean of e hears every size of them alike, and that of e^2 the largest alone). Free of scale.
+
+    shares  (n,): of each trajectory in the means; default equal. Infinite where a square is not finite
+    """
+    e, shares = floored(squares), 1.0 / len(squares) if shares is None else shares
+    value = float(np.sum(shares * np.log(e)) + 2.0 * weight * np.log(np.sum(shares * np.sqrt(e))))
+    return value if np.isfinite(value) else np.inf
+
+
+def floored(squares: Any) -> np.ndarray:
+    """Float64, above the square of the rounding of what it came in."""
+    eps = np.finfo(np.asarray(squares).dtype).eps
+    return np.maximum(np.asarray(squares, np.float64), eps**2)
 
 
 def _tuned(
@@ -293,14 +336,14 @@ def _tuned(
             return None
         return table, grid, errors(table)
 
-    c, step, best, found = np.zeros(3), 0.5, _score(each), None
+    c, step, best, found = np.zeros(3), 0.5, objective(each), None
     for _ in range(5):
         moved = False
         for i in range(3):
             for sign in (step, -step):
                 trial = attempt(c + sign * np.eye(3)[i])
-                if trial is not None and _score(trial[2]) < best:
-                    c, best, found, moved = c + sign * np.eye(3)[i], _score(trial[2]), trial, True
+                if trial is not None and objective(trial[2]) < best:
+                    c, best, found, moved = c + sign * np.eye(3)[i], objective(trial[2]), trial, True
                     break
         step = step if moved else step / 2
     return found

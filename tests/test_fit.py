@@ -29,7 +29,7 @@ def fitted():
     d = GAUSS.denoiser(EDM)
     train, valid = trajectories(EDM, 1, 64), trajectories(EDM, 2, 64)
     some = fit.standard(EDM, 3, ("ddim", "dpm_solver_pp(order=2)"))
-    return d, fit.table(d, 3, train, valid, steps=400, batch=64, starts=1, candidates=some), train, valid
+    return d, fit.table(d, 3, train, valid, steps=30, batch=64, starts=1, candidates=some), train, valid
 
 
 # The table's form ------------------------------------------------------------------------------------------------

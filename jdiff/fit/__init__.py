@@ -6,11 +6,12 @@ jdiff.fit.save("solver.safetensors", fit.tableau, fit.meta | jdiff.fit.report(mo
 x = jdiff.sample(model, jdiff.solvers.load("solver.safetensors"), noise)
 """
 
+from jdiff.solvers.auto import objective
 from jdiff.solvers.file import save
 
 from . import compensation
 from .free import Params, from_tableau, to_tableau
-from .gradient import Fit, objective, standard, table
+from .gradient import Fit, standard, table
 from .layers import AutoDiffusion, autodiffusion, layered
 from .olss import Olss, olss
 from .reference import Reference, Source, fingerprint, reference

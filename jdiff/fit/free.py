@@ -118,21 +118,30 @@ def to_tableau(p: Process, params: Params, name: str = "fitted", references: tup
     return trace(sampler, p, name=name, order=1, references=references).validate()
 
 
-def rollout(denoiser: Denoiser, co: Coefficients, x: Array) -> tuple[Array, Array]:
-    """The points x_1 .. x_K (K, N, ...) and the outputs (K, N, ...): one scan, differentiable in `co`."""
+def evaluate(denoiser: Denoiser, point: Array, t: Array, carry: Any) -> tuple[Array, Any]:
+    """(the x0 prediction, the carry)."""
+    out, carry = denoiser.apply(point, t, carry)
+    return convert(denoiser.process, point, t, cast_like(out, point), denoiser.prediction, "x0"), carry
+
+
+def rollout(denoiser: Denoiser, co: Coefficients, x: Array, nudges: Array | None = None) -> tuple[Array, Array]:
+    """The points x_1 .. x_K (K, N, ...) and the outputs (K, N, ...): one scan, differentiable in `co`.
+
+    nudges (K, N, ...): added to the points, for derivatives by them
+    """
     dtype, K = x.dtype, co.c.shape[0]
     cast = lambda a: jnp.asarray(a, dtype)
 
     def body(state: Any, row: Any) -> Any:
         point, outputs, carry = state
-        k, t, c, b = row
-        out, carry = denoiser.apply(point, t, carry)
-        D = convert(denoiser.process, point, t, cast_like(out, point), denoiser.prediction, "x0")
+        k, t, c, b, nudge = row
+        D, carry = evaluate(denoiser, point, t, carry)
         outputs = outputs.at[k].set(D)
         point = c * x + jnp.tensordot(b, outputs, 1)
+        point = point if nudge is None else point + nudge
         return (point, outputs, carry), point
 
-    rows = (jnp.arange(K), jnp.asarray(co.t, wide(dtype)), cast(co.c), cast(co.b))
+    rows = (jnp.arange(K), jnp.asarray(co.t, wide(dtype)), cast(co.c), cast(co.b), nudges)
     start = (x, jnp.zeros((K, *x.shape), dtype), denoiser.init(x))
     (_, outputs, _), points = jax.lax.scan(body, start, rows)
     return points, outputs

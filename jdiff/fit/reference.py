@@ -43,7 +43,7 @@ class Reference:
     def __len__(self) -> int:
         return len(self.x)
 
-    def __getitem__(self, rows: slice) -> "Reference":
+    def __getitem__(self, rows: slice | np.ndarray) -> "Reference":
         return replace(self, x=self.x[rows], target=self.target[rows], index=self.index[rows])
 
 

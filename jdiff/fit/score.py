@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from jdiff.solvers.auto import objective
 from jdiff.tableau import Tableau
 
 from .free import Coefficients, rollout
@@ -49,7 +50,4 @@ def squares(source: Source, tables: Sequence[Tableau], ref: Reference, at_once: 
 
 def score(source: Source, tables: Sequence[Tableau], ref: Reference, weight: float = 1.0) -> np.ndarray:
     """The objective (`jdiff.fit.objective`) of each table: (tables,); infinite where it is not finite."""
-    e = squares(source, tables, ref) + 1e-30
-    with np.errstate(over="ignore", invalid="ignore"):
-        value = np.log(e).mean(1) + weight * np.log(e.mean(1))
-    return np.where(np.isfinite(value), value, np.inf)
+    return np.array([objective(e, weight) for e in squares(source, tables, ref)])
