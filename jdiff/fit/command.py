@@ -34,7 +34,7 @@ class FitConfig:
     train: int = 512  # trajectories to fit on
     valid: int = 256  # trajectories to choose on
     held: int = 512  # trajectories to report on
-    steps: int = 36  # Gauss-Newton steps from each start
+    steps: int = 48  # Gauss-Newton steps from each start
     batch: int = 64  # trajectories at a time: memory is that of `nfe` evaluations and their gradients
     starts: int = 2  # standard solvers to start from, the best first
     tolerance: float = 2e-3  # of the reference trajectories: rms by which a doubling of their steps still moves them

@@ -58,7 +58,7 @@ def table(
     train: Reference,
     valid: Reference,
     *,
-    steps: int = 36,
+    steps: int = 48,
     use: int = 1024,
     batch: int = 256,
     weight: float = 1.0,

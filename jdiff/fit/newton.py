@@ -131,10 +131,10 @@ def descend(
         for _ in range(6):
             change = np.zeros(len(used))
             change[used] = -np.linalg.solve(H + damping * np.diag(np.diag(H)), g)
-            tried = _moved(params, change / max(1.0, np.abs(change).max()))
+            tried = _moved(params, np.clip(change, -1.0, 1.0))
             new = squares(source, tried, ref, batch)
             if np.isfinite(new).all() and value(new) < before:
-                params, now, damping, failed = tried, new, max(damping / 3.0, 1e-9), 0
+                params, now, damping, failed = tried, new, max(damping / 3.0, 1e-6), 0
                 break
             damping *= 4.0
         else:
