@@ -157,9 +157,10 @@ def _statistics(context: Context, row: str) -> tuple[Statistics, Statistics]:
         exactly = estimate(case.denoiser, (d,), jax.random.key(0), n=n, n_lam=120, batch=512, probes=0)
         noise = _models.noise(case.model, case.denoiser.process, 1000, CALIBRATION)
         estimated, _ = measure(case.denoiser, noise, jax.random.key(1))
+        assert isinstance(estimated, Statistics)
         for file, found in zip(files, (exactly, estimated), strict=True):
             found.save(file)
-    return tuple(map(Statistics.load, files))
+    return Statistics.load(files[0]), Statistics.load(files[1])
 
 
 def _fitted(context: Context, row: str, nfe: int) -> dict[str, Any]:
@@ -174,7 +175,7 @@ def _fitted(context: Context, row: str, nfe: int) -> dict[str, Any]:
     found = fit.table(case.denoiser, nfe, *sets, batch=VALID)
     errors = _score(context.case(row), found.tableau)
     file = Path(context.settings.out) / "fit" / f"{'-'.join(row.split())}-{nfe}.safetensors"
-    save(file, found.tableau, found.meta | {"held out": errors})
+    save(file, found.tableau, {**found.meta, "held out": errors})
     seconds = {"fit seconds": time.process_time() - made, "fit reference seconds": made - began}
     return {f"fit {w}": errors[w] for w in WHICH} | {"fit rms by": found.start} | seconds
 

@@ -235,12 +235,12 @@ def ends(denoiser: Denoiser, table: Tableau, x: PyTree) -> PyTree:
 
     Coefficients a dimension are a second program.
     """
-    R, plain = max(REGISTERS, table.registers), np.ndim(table.A) == 3 and table.E is None
-    program, dtype = rows(table.pad(R, 0), dtype := jax.tree.leaves(x)[0].dtype), dtype
+    dtype, plain = jax.tree.leaves(x)[0].dtype, np.ndim(table.A) == 3 and table.E is None
+    table = table.pad(max(REGISTERS, table.registers), 0)
     n = ROWS if plain else ROWS // 32
     n = -(-table.nfe // n) * n
-    program = jax.tree.map(lambda v: np.pad(np.asarray(v), [(0, n - table.nfe), *[(0, 0)] * (v.ndim - 1)]), program)
-    h0 = np.pad(np.asarray(table.h0, dtype), [(0, R - table.registers), *[(0, 0)] * (np.ndim(table.h0) - 1)])
+    fill = lambda v: np.pad(np.asarray(v), [(0, n - table.nfe), *[(0, 0)] * (v.ndim - 1)])
+    program, h0 = jax.tree.map(fill, rows(table, dtype)), np.asarray(table.h0, dtype)
     return _ends(denoiser, program, np.int32(table.nfe), h0, x)
 
 

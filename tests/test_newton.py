@@ -7,6 +7,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 from scipy.optimize import approx_fprime
 
+import jdiff
 from jdiff import exact, fit, process
 from jdiff.fit import free, newton
 from jdiff.solvers.auto import objective
@@ -23,27 +24,32 @@ def problem(n, seed=0):
     return params, fit.Reference(x, rng.normal(size=(n, 2)), np.arange(n), seed)
 
 
-def test_each_trajectory_has_its_own_derivatives(monkeypatch):
+@pytest.mark.parametrize("shape", [(2,), (1, 2, 1)])
+def test_each_trajectory_has_its_own_derivatives(shape, monkeypatch):
     """J^T r and J^T s by one pass backward are those of forward differentiation of the whole sampler."""
     params, ref = problem(5)
-    signs = jnp.asarray(np.random.default_rng(1).choice([-1.0, 1.0], (5, 2)))
+    look = lambda x, t: DENOISER(x.reshape(-1, 2), t).reshape(x.shape)
+    d, x, target = jdiff.denoiser(look, VP, "x0"), ref.x.reshape(5, *shape), jnp.asarray(ref.target).reshape(5, *shape)
+    signs = jnp.asarray(np.random.default_rng(1).choice([-1.0, 1.0], (5, *shape)))
     flat, back = ravel_pytree(jax.tree.map(jnp.asarray, params))
-    end = lambda flat: free.rollout(DENOISER, free.coefficients(VP, back(flat)), ref.x)[0][-1]
-    J = jax.jit(jax.jacfwd(end))(flat)  # (5, 2, P)
-    wanted = [np.einsum("nd,ndp->np", r, J) for r in (end(flat) - ref.target, signs)]
-    given = (DENOISER, back(flat), ref.x, jnp.asarray(ref.target), jnp.asarray(ref.index), signs)
+    end = lambda flat: free.rollout(d, free.coefficients(VP, back(flat)), x)[0][-1]
+    J = jax.jit(jax.jacfwd(end))(flat)  # (5, *shape, P)
+    wanted = [np.einsum("nd,ndp->np", r.reshape(5, 2), J.reshape(5, 2, -1)) for r in (end(flat) - target, signs)]
+    given = (d, back(flat), x, target, jnp.asarray(ref.index), signs)
     for a, b in zip(newton._derivatives(*given), wanted, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11)
     real = free.evaluate  # a mutant: what the times do is forgotten
     monkeypatch.setattr(newton, "evaluate", lambda d, x, t, c: real(d, x, jax.lax.stop_gradient(t), c))
-    wrong = jax.jit(lambda *given: newton._derivatives.__wrapped__(*given))(*given)
+    newton._derivatives.clear_cache()
+    wrong = newton._derivatives(*given)
+    newton._derivatives.clear_cache()
     assert np.abs(np.asarray(wrong[0]) - wanted[0]).max() > 1e-2
 
 
 def test_slopes_of_the_objective():
     e = np.array([0.3, 1.0, 4.0, 0.01])
     shares = np.array([0.1, 0.2, 0.3, 0.4])
-    by_differences = approx_fprime(e, lambda e: objective(e, 2.0, shares), 1e-9)
+    by_differences = np.asarray(approx_fprime(e, lambda e: objective(e, 2.0, shares), 1e-9))
     np.testing.assert_allclose(newton._slopes(e, 2.0, shares), by_differences, rtol=1e-4)
     assert objective(e * 9.0) == pytest.approx(objective(e) + 2 * np.log(9.0))  # free of scale
     assert objective(np.append(e, np.nan)) == np.inf

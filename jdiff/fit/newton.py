@@ -48,7 +48,11 @@ def _derivatives(source: Any, params: Params, x: Array, target: Array, index: Ar
     flat, back = ravel_pytree(params)
     chain = jax.jacfwd(lambda flat: ravel_pytree(coefficients(p, back(flat)))[0])(flat).astype(dtype)
     co = Coefficients(*(a.astype(dtype) for a in coefficients(p, params)))
-    nudged = lambda nudges: (lambda points, outputs: (points[-1], (points, outputs)))(*rollout(denoiser, co, x, nudges))
+
+    def nudged(nudges: Array) -> Any:
+        points, outputs = rollout(denoiser, co, x, nudges)
+        return points[-1], (points, outputs)
+
     end, backward, (points, D) = jax.vjp(nudged, jnp.zeros((len(co.c), *x.shape), dtype), has_aux=True)
 
     def in_time(row: Any) -> Array:
@@ -57,11 +61,11 @@ def _derivatives(source: Any, params: Params, x: Array, target: Array, index: Ar
         return jax.jvp(look, (t,), (jnp.ones_like(t),))[1]
 
     asked = jnp.concatenate([x[None], points[:-1]])
-    flow = lambda a: a.reshape(*a.shape[: a.ndim - x.ndim + 1], -1)  # one axis a sample
-    slope, x, D = flow(jax.lax.map(in_time, (asked, co.t))), flow(x), flow(D)
+    flat_in = lambda a: a.reshape(*a.shape[: a.ndim - target.ndim + 1], -1)  # one axis a sample
+    slope, x, D = flat_in(jax.lax.map(in_time, (asked, co.t))), flat_in(x), flat_in(D)
 
     def pull(u: Array) -> Array:
-        by_point = flow(backward(u)[0])
+        by_point = flat_in(backward(u)[0])
         by_output = jnp.einsum("ij,ind->jnd", co.b, by_point)
         parts = [("knd,knd->nk", by_output, slope), ("knd,nd->nk", by_point, x), ("ind,jnd->nij", by_point, D)]
         found = [jnp.einsum(*part).reshape(len(x), -1) for part in parts]
