@@ -41,7 +41,8 @@ def test_the_choice_is_as_good_as_every_candidate_on_other_noise(model, p, monke
     assert len(each) > 25
     assert score(untuned) <= 1.1 * min(each)
     assert score(tuned) <= 1.02 * score(untuned) and report.grid.endswith("tuned")
-    np.testing.assert_allclose(error(tuned), report.held_out, rtol=0.35)  # what it says of itself is so
+    off = np.abs(np.log(np.array(error(tuned)) / report.held_out))  # what it says of itself is so: 64 samples' rms
+    assert off[0] < np.log(2.0) and off[1] < np.log(1.35)
     right = auto.objective
     monkeypatch.setattr(auto, "objective", lambda each: -right(each))  # a choice by the wrong sign is found out
     worst, _ = choose(model, p, 6, tune=0)
