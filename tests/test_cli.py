@@ -84,7 +84,7 @@ def test_sample_writes_pictures_that_do_not_depend_on_the_batch(trained, tmp_pat
 
 
 def test_sample_chooses_a_solver_by_itself(trained, tmp_path, capsys, monkeypatch):
-    quick = {"candidates": ("ddim", "unipc(order=2)"), "batches": 1, "tune": 0, "steps": 16}
+    quick = {"candidates": ("ddim", "unipc(order=2)"), "batches": 1, "tune": 0, "steps": 16, "measured": False}
     monkeypatch.setattr(solvers, "auto", functools.partial(solvers.auto, **quick))
     args = ["sample", str(trained), "--solver", "auto", "--nfe", "3", "--n", "4", "--out", str(tmp_path / "a")]
     assert cli.main(args) == 0
