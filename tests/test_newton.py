@@ -1,5 +1,7 @@
 """The derivatives and the steps of the fit, against automatic differentiation of the plain rollout, and SciPy."""
 
+from typing import Any, cast
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,9 +42,10 @@ def test_each_trajectory_has_its_own_derivatives(shape, monkeypatch):
         np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11)
     real = free.evaluate  # a mutant: what the times do is forgotten
     monkeypatch.setattr(newton, "evaluate", lambda d, x, t, c: real(d, x, jax.lax.stop_gradient(t), c))
-    newton._derivatives.clear_cache()
-    wrong = newton._derivatives(*given)
-    newton._derivatives.clear_cache()
+    compiled = cast(Any, newton._derivatives)
+    compiled.clear_cache()
+    wrong = compiled(*given)
+    compiled.clear_cache()
     assert np.abs(np.asarray(wrong[0]) - wanted[0]).max() > 1e-2
 
 
