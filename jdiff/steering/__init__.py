@@ -21,11 +21,13 @@ if TYPE_CHECKING:
     from jdiff.steering.correctors import geometric as geometric
     from jdiff.steering.correctors import product as product
     from jdiff.steering.correctors import tilt as tilt
+    from jdiff.steering.superposition import superpose as superpose
 
 _LAZY = {
     **dict.fromkeys(
         ("Corrector", "anneal", "correct", "corrected_cfg", "geometric", "product", "tilt"), "jdiff.steering.correctors"
     ),
+    "superpose": "jdiff.steering.superposition",
 }
 
 
