@@ -6,7 +6,7 @@ from glob import iglob
 from importlib.metadata import version
 from pathlib import Path
 
-from beartype import BeartypeConf
+from beartype import BeartypeConf, BeartypeDecorPlace
 from beartype.claw import beartype_packages
 from jaxtyping import install_import_hook
 
@@ -41,6 +41,7 @@ def modules_with_shapes():
             yield ".".join([package, *parts])
 
 
-TYPES = BeartypeConf(is_pep484_tower=True, claw_is_pep526=False)
+# the wrapper goes inside jax.jit, not around it
+TYPES = BeartypeConf(is_pep484_tower=True, claw_is_pep526=False, claw_decor_place_func=BeartypeDecorPlace.FIRST)
 beartype_packages([f"jdiff.{name}" for name in HOST], conf=TYPES)
 install_import_hook([*modules_with_shapes()], "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
