@@ -30,13 +30,12 @@ HOST = ("process", "times", "predict", "tableau", "trace", "order", "solvers")
 
 
 def modules_with_shapes():
-    """What jaxtyping checks: all but HOST, where beartype checks alone unless a file states shapes or compiles, since
-    beartype would wrap what jit made and hide its cache. jaxtyping makes any call ten times as slow, and on the host a
-    tableau is thousands of small calls."""
+    """What jaxtyping checks: all but HOST, where beartype checks alone unless a file states shapes. jaxtyping's wrapper
+    makes any call ten times as slow, and on the host a tableau is thousands of small calls."""
     root = Path(__file__).parent.parent
     for file in iglob("jdiff/**/*.py", root_dir=root, recursive=True):
         package, *parts = file.removesuffix(".py").removesuffix(f"{os.sep}__init__").split(os.sep)
-        shapes = re.search(r"\b(Bool|Float|Int|Integer|Num|Shaped)\[|jax\.jit", (root / file).read_text())
+        shapes = re.search(r"\b(Bool|Float|Int|Integer|Num|Shaped)\[", (root / file).read_text())
         if parts and (shapes or parts[0] not in HOST):
             yield ".".join([package, *parts])
 

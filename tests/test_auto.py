@@ -17,15 +17,15 @@ GAUSSIAN = exact.gaussian([0.3, -0.2, 0.1], [0.02**2, 0.2**2, 2.0**2])
 MIXTURE = exact.mixture([0.3, 0.3, 0.4], [[1.0, 0.0], [-1.0, 0.5], [0.0, -1.0]], [0.05**2, 0.1**2, 0.2**2])
 
 
-def choose(model, p, nfe, **options):
-    x = jnp.asarray(p.prior_std * np.random.default_rng(1).normal(size=(64, model.means.shape[1])))
+def choose(model, p, nfe, n=64, **options):
+    x = jnp.asarray(p.prior_std * np.random.default_rng(1).normal(size=(n, model.means.shape[1])))
     options = {"candidates": FEW, "batches": 2, "steps": 128, "measured": False} | options
     return auto.auto(model.denoiser(p), nfe, x, jax.random.key(2), **options)
 
 
 def true_squares(model, p):
     """On noise of its own, against the closed form or SciPy's DOP853: the mean square error of each sample."""
-    x = jnp.asarray(p.prior_std * np.random.default_rng(3).normal(size=(256, model.means.shape[1])))
+    x = jnp.asarray(p.prior_std * np.random.default_rng(3).normal(size=(1024, model.means.shape[1])))
     target = _models.flow(model, p, x)
     return lambda table: np.mean((jdiff.sample(model.denoiser(p), table.pad(5, 0), x) - target) ** 2, 1)
 
@@ -35,14 +35,13 @@ def test_the_choice_is_as_good_as_every_candidate_on_other_noise(model, p, monke
     each_of = true_squares(model, p)
     error = lambda table: (np.sqrt(np.mean(each_of(table))), np.sqrt(np.median(each_of(table))))
     score = lambda table: np.sqrt(np.exp(np.log(each_of(table)).mean() / 2) * np.sqrt(each_of(table)).mean())
-    untuned, _ = choose(model, p, 6, tune=0)
-    tuned, report = choose(model, p, 6, tune=2)
+    untuned, _ = choose(model, p, 6, n=512, tune=0)
+    tuned, report = choose(model, p, 6, n=512, tune=2)  # the rms of 64 samples of a mixture says little
     each = [score(table) for table, _ in auto.tables(p, FEW, 6).values()]
     assert len(each) > 25
     assert score(untuned) <= 1.1 * min(each)
     assert score(tuned) <= 1.02 * score(untuned) and report.grid.endswith("tuned")
-    off = np.abs(np.log(np.array(error(tuned)) / report.held_out))  # what it says of itself is so: 64 samples' rms
-    assert off[0] < np.log(2.0) and off[1] < np.log(1.35)
+    np.testing.assert_allclose(error(tuned), report.held_out, rtol=0.35)  # what it says of itself is so
     right = auto.objective
     monkeypatch.setattr(auto, "objective", lambda each: -right(each))  # a choice by the wrong sign is found out
     worst, _ = choose(model, p, 6, tune=0)
