@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
 from jdiff.process import Process, Time
 from jdiff.process.base import reciprocal
@@ -95,3 +95,11 @@ def convert(process: Process, x: PyTree, t: Time, out: PyTree, source: str, targ
         return process.dalpha(t) * x0 + process.dsigma(t) * eps
 
     return jax.tree.map(leaf, x, out)
+
+
+def array_of(x: Any, who: str) -> Array:
+    """x as one array, for `who`, which takes no pytrees; TypeError else."""
+    if not hasattr(x, "shape") or x.ndim < 2 or x.dtype not in (jnp.float32, jnp.float64):
+        what = f"{type(x).__name__} of shape {x.shape}, {x.dtype}" if hasattr(x, "shape") else type(x).__name__
+        raise TypeError(f"expected one float32 or float64 array (batch, ...), got {what}; {who} takes no pytrees")
+    return jnp.asarray(x)

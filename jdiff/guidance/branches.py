@@ -68,16 +68,25 @@ def branches(
 
 
 def present(denoisers: Sequence[Denoiser | None], name: str) -> list[Denoiser]:
-    """The denoisers, all there and on one process; ValueError otherwise."""
-    found = [d for d in denoisers if isinstance(d, Denoiser)]
-    if len(found) < len(denoisers) or not found:
-        i = next((i for i, d in enumerate(denoisers) if not isinstance(d, Denoiser)), 0)
-        raise ValueError(
-            f"{name}: branch {i} is {denoisers[i] if denoisers else None!r}; expected a Denoiser, for an unconditional "
-            "branch for instance denoiser.with_cond(null labels) of a network trained with label dropout"
-        )
-    if other := next((d.process for d in found if d.process != found[0].process), None):
-        raise ValueError(f"{name} needs all models on one process; got {found[0].process} and {other}")
+    """The denoisers, all there and on one process; ValueError otherwise, TypeError for what is no Denoiser."""
+    if not denoisers:
+        raise ValueError(f"{name}: no models; expected one or more Denoisers on one process")
+    found = []
+    for i, d in enumerate(denoisers):
+        if d is None:
+            raise ValueError(
+                f"{name}: branch {i} is None; expected a Denoiser, for an unconditional branch for instance "
+                "denoiser.with_cond(null labels) of a network trained with label dropout"
+            )
+        if not isinstance(d, Denoiser):
+            raise TypeError(f"{name}: models[{i}] is {type(d).__name__}; expected a jdiff.denoiser(..)")
+        found.append(d)
+    for i, d in enumerate(found):
+        if d.process != found[0].process:
+            raise ValueError(
+                f"{name} needs all models on one process; models[{i}] is on {d.process}, models[0] on "
+                f"{found[0].process}: their scores are of different noised laws"
+            )
     return found
 
 

@@ -11,6 +11,7 @@ from jax.core import Tracer
 from jaxtyping import Array
 
 from jdiff.denoiser import Denoiser
+from jdiff.predict import array_of
 from jdiff.process import Process
 
 from .variables import VARIABLES, flow_slope, position, scale, time_of
@@ -37,14 +38,6 @@ def stop_of(p: Process, end: float, last: float | None) -> tuple[float, bool]:
     if not 0 <= last < p.t_max:
         raise ValueError(f"last is {last}; expected 0 <= last < {p.t_max:g}, the time of the last x0 prediction")
     return last, last > 0
-
-
-def array_of(x: Any) -> Array:
-    """x as the one array that the solvers here take; TypeError else."""
-    if not hasattr(x, "shape") or x.ndim < 2 or x.dtype not in (jnp.float32, jnp.float64):
-        what = f"{type(x).__name__} of shape {x.shape}, {x.dtype}" if hasattr(x, "shape") else type(x).__name__
-        raise TypeError(f"expected one float32 or float64 array (batch, ...), got {what}; ode takes no pytrees")
-    return jnp.asarray(x)
 
 
 def _field(denoiser: Denoiser, variable: str, probes: Array | None, trace: bool) -> Callable[[Array, Any], Any]:
@@ -76,7 +69,7 @@ def integrate(
     """From start down to stop; with `forward`, from stop up to start, and the integral of the divergence too."""
     import diffrax
 
-    p, x = denoiser.process, array_of(x)
+    p, x = denoiser.process, array_of(x, "ode")
     if variable not in VARIABLES:
         raise ValueError(f"variable is {variable!r}; expected one of {', '.join(VARIABLES)}")
     if gradient not in (None, *GRADIENTS):

@@ -9,9 +9,9 @@ import numpy as np
 from jaxtyping import Array
 
 from jdiff.denoiser import Denoiser, cast_like
-from jdiff.predict import convert
+from jdiff.predict import array_of, convert
 
-from .diffeq import Info, array_of, arrived, stop_of
+from .diffeq import Info, arrived, stop_of
 
 
 def dpm_solver_adaptive(
@@ -35,7 +35,7 @@ def dpm_solver_adaptive(
     stop, final = stop_of(p, end, last)
     if stop == 0 or not stop < start <= p.t_max:
         raise ValueError(f"dpm_solver_adaptive: expected 0 < last < start <= {p.t_max:g}, got last={stop:g}, {start=}")
-    x = array_of(x)
+    x = array_of(x, "ode")
     shift = int(p.alpha(start) == 0)
     if shift:
         later = start - min(1e-3 * p.t_max, 0.5 * (start - stop))

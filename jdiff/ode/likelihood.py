@@ -10,8 +10,9 @@ from jaxtyping import Array
 
 from jdiff import noise
 from jdiff.denoiser import Denoiser
+from jdiff.predict import array_of
 
-from .diffeq import Info, array_of, integrate
+from .diffeq import Info, integrate
 from .variables import scale
 
 
@@ -44,7 +45,7 @@ def log_likelihood(
     hutchinson = divergence == "hutchinson"
     if hutchinson and (key is None or probes < 1):
         raise ValueError(f"log_likelihood: hutchinson needs key=jax.random.key(seed) and probes >= 1, got {probes=}")
-    x0 = array_of(x0)
+    x0 = array_of(x0, "ode")
     d, e = x0[0].size, None
     if hutchinson and key is not None:
         draws = [noise.normal(jax.random.fold_in(key, j), x0, index) for j in range(probes)]

@@ -4,59 +4,43 @@ out = steering.sample(denoiser, tableau, x, key, steering.fk(reward, 2.0), group
 out.x, out.log_z, out.info.ess
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
-
+from jdiff.steering.correctors import Corrector, anneal, correct, corrected_cfg, geometric, product, tilt
 from jdiff.steering.draws import posterior_draws
 from jdiff.steering.fk import Rewards, best, fk, guided, host_reward
 from jdiff.steering.meshes import exchange, traffic
 from jdiff.steering.resampling import ess, in_place, resample
-from jdiff.steering.smc import NONE, Info, Particles, Potential, Result, Step, gather, run, sample, smc
-
-if TYPE_CHECKING:
-    from jdiff.steering.correctors import Corrector as Corrector
-    from jdiff.steering.correctors import anneal as anneal
-    from jdiff.steering.correctors import correct as correct
-    from jdiff.steering.correctors import corrected_cfg as corrected_cfg
-    from jdiff.steering.correctors import geometric as geometric
-    from jdiff.steering.correctors import product as product
-    from jdiff.steering.correctors import tilt as tilt
-    from jdiff.steering.superposition import superpose as superpose
-
-_LAZY = {
-    **dict.fromkeys(
-        ("Corrector", "anneal", "correct", "corrected_cfg", "geometric", "product", "tilt"), "jdiff.steering.correctors"
-    ),
-    "superpose": "jdiff.steering.superposition",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return getattr(importlib.import_module(_LAZY[name]), name)
-    raise AttributeError(f"module 'jdiff.steering' has no attribute {name!r}")
-
+from jdiff.steering.running import Result, run, sample
+from jdiff.steering.smc import NONE, Info, Particles, Potential, Step, gather, smc
+from jdiff.steering.superposition import superpose
 
 __all__ = [
     "NONE",
+    "Corrector",
     "Info",
     "Particles",
     "Potential",
     "Result",
     "Rewards",
     "Step",
+    "anneal",
     "best",
+    "correct",
+    "corrected_cfg",
     "ess",
     "exchange",
     "fk",
     "gather",
+    "geometric",
     "guided",
     "host_reward",
     "in_place",
     "posterior_draws",
+    "product",
     "resample",
     "run",
     "sample",
     "smc",
+    "superpose",
+    "tilt",
     "traffic",
 ]

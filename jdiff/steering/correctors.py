@@ -32,12 +32,10 @@ from jaxtyping import Array, Float
 
 from jdiff import execute, noise
 from jdiff.denoiser import Denoiser
-from jdiff.ode.diffeq import array_of
-from jdiff.predict import model_time, wide
-from jdiff.steering import meshes
+from jdiff.predict import array_of, model_time, wide
 from jdiff.steering.corrector_rows import Rows, rows
 from jdiff.steering.fk import reward_of
-from jdiff.steering.smc import NONE, Result, _allowed, _check, _scan
+from jdiff.steering.running import Result, run
 from jdiff.steering.together import Together, check_divergence, combine, inner, probes, together
 
 
@@ -75,9 +73,14 @@ class Corrector:
 
     def stepper(self) -> execute.Stepper:
         """The Stepper whose info carries `log_w`: `steering.run(stepper, rows, corrector.start(x), key)`."""
-        exact = self.divergence if self.velocity != self.powers else None
         reward = None if self.reward is None else Partial(self.reward)
-        return _stepper(self.models, reward, exact, self.probes, self.order, self.on, self.as_published)
+        return _stepper(self.models, reward, *self.switches)
+
+    @property
+    def switches(self) -> tuple[str | None, int, int, str, bool]:
+        """What its program is compiled for: which divergence, if it needs one, probes, order, on, as_published."""
+        divergence = self.divergence if self.velocity != self.powers else None
+        return divergence, self.probes, self.order, self.on, self.as_published
 
 
 def product(
@@ -166,31 +169,33 @@ def correct(
     Other options as in `steering.sample`. The plain uncorrected sampler is the same with at=(), final=False, weights
     not looked at. Raises what `steering.sample` raises.
     """
-    x = array_of(x)
+    x = array_of(x, "correct")
     rows = corrector.rows(times, x[0].size)
     t = np.asarray(times, np.float64)
-    K = len(rows.t)
     if window is not None:
         if at is not None or not 0 <= window[0] < window[1]:
             raise ValueError(f"correct: window is {window}, at is {at}; expected (t_low, t_high), and one of the two")
         at = [k for k in range(1, len(t)) if window[0] <= t[k] <= window[1]]
-    allowed = _allowed(x, K, groups, threshold, scheme, share, at, final)
-    x, where, shards = meshes.place(x, groups, mesh, shards)
-    cast = jax.tree.map(lambda a: jnp.asarray(a, wide(x.dtype)), rows)
-    over = (cast, jnp.asarray(allowed), jnp.arange(K) == K - 1, jnp.arange(1, K + 1))
+    over = jax.tree.map(lambda a: jnp.asarray(a, wide(x.dtype)), rows)
     reward = None if corrector.reward is None else Partial(corrector.reward)
-    exact = corrector.divergence if corrector.velocity != corrector.powers else None
-    how = (exact, corrector.probes, corrector.order, corrector.on, corrector.as_published)
-    options = (scheme, groups, float(share), shards, where, trajectory)
-    out = _run(corrector.models, reward, over, corrector.start(x), key, jnp.float32(threshold), how, options)
-    return _check(out, rows.t)
+    make = Partial(_Make(*corrector.switches), corrector.models, reward)
+    options: dict[str, Any] = {"groups": groups, "threshold": threshold, "scheme": scheme, "share": share, "at": at}
+    options |= {"final": final, "mesh": mesh, "shards": shards, "trajectory": trajectory, "times": rows.t}
+    return run(make, over, corrector.start(x), key, **options)
 
 
-def _run_(models, reward, rows, x, key, threshold, how, options) -> Result:
-    return _scan(_stepper(models, reward, *how), NONE, rows, x, key, threshold, options)
+@dataclass(frozen=True)
+class _Make:
+    """The Stepper of a corrector, for `run`; equal ones compare equal, so nothing is compiled twice."""
 
+    divergence: str | None
+    probes: int
+    order: int
+    on: str
+    as_published: bool
 
-_run = jax.jit(_run_, static_argnums=(6, 7))
+    def __call__(self, models: Together, reward: Partial | None) -> execute.Stepper:
+        return _stepper(models, reward, self.divergence, self.probes, self.order, self.on, self.as_published)
 
 
 def _stepper(models, reward, divergence, number, order, on, as_published) -> execute.Stepper:

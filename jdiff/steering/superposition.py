@@ -21,8 +21,7 @@ from jaxtyping import Array, Float
 
 from jdiff import execute, noise
 from jdiff.denoiser import Denoiser
-from jdiff.ode.diffeq import array_of
-from jdiff.predict import model_time, wide
+from jdiff.predict import array_of, model_time, wide
 from jdiff.process import Process
 from jdiff.steering.reverse import moves
 from jdiff.steering.together import Together, check_divergence, combine, inner, probes, together
@@ -121,7 +120,7 @@ def superpose(
     ValueError for models on different processes and whatever else does not fit.
     """
     pair = together(models, "superpose")
-    x, m = array_of(x), len(pair)
+    x, m = array_of(x, "superpose"), len(pair)
     if mode not in MODES:
         raise ValueError(f"superpose: mode is {mode!r}; expected one of {', '.join(MODES)}")
     if variance is not None and not variance >= 0:

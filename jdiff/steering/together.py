@@ -1,8 +1,8 @@
-"""Several denoisers on one process, evaluated at one point: in one batch where they are one function."""
+"""Several denoisers on one process, looked at from one point: x0 and eps of each, in one batch where they can be."""
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -11,7 +11,8 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
 from jdiff import noise
-from jdiff.denoiser import Denoiser, _call, cast_like
+from jdiff.denoiser import Denoiser
+from jdiff.guidance.branches import branches
 from jdiff.predict import convert
 from jdiff.process import Process
 
@@ -19,83 +20,33 @@ from jdiff.process import Process
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Together:
-    """m denoisers. `calls` are made in order, call j answers for the models places[j]."""
+    """m denoisers as one (init, apply) pair."""
 
-    calls: tuple[Denoiser, ...]
-    places: tuple[tuple[int, ...], ...] = field(metadata={"static": True})
-
-    @property
-    def process(self) -> Process:
-        return self.calls[0].process
+    init: Partial
+    evaluate: Partial
+    process: Process = field(metadata={"static": True})
+    kind: str = field(metadata={"static": True})
+    m: int = field(metadata={"static": True})
 
     def __len__(self) -> int:
-        return sum(map(len, self.places))
-
-    def init(self, x: Array) -> tuple[Any, ...]:
-        return tuple(call.init(x) for call in self.calls)
+        return self.m
 
     def apply(self, x: Array, t: Array, carry: Any) -> tuple[Float[Array, "m ..."], Float[Array, "m ..."], Any]:
         """x0 predictions (m, batch, ...), eps predictions (m, batch, ...), carry."""
-        x0, eps, after = [x] * len(self), [x] * len(self), []
-        for call, places, memory in zip(self.calls, self.places, carry, strict=True):
-            points = x if len(places) == 1 else jnp.concatenate([x] * len(places))
-            out, memory = call.apply(points, t, memory)
-            to = lambda kind, call=call, points=points, out=out: convert(
-                self.process, points, t, cast_like(out, points), call.prediction, kind
-            )
-            for parts, kind in ((x0, "x0"), (eps, "eps")):
-                for i, part in zip(places, jnp.split(to(kind), len(places)), strict=True):
-                    parts[i] = part
-            after.append(memory)
-        return jnp.stack(x0), jnp.stack(eps), tuple(after)
+        outs, carry = self.evaluate((x,) * self.m, t, carry)
+        to = lambda kind: jnp.stack([convert(self.process, x, t, out, self.kind, kind) for out in outs])
+        return to("x0"), to("eps"), carry
 
 
 def together(models: Sequence[Denoiser], what: str) -> Together:
     """Models that are one lifted function with the same parameters, but for `cond`, become one call of one batch.
 
-    TypeError for what is no Denoiser, ValueError for no model, or models on different processes.
+    ValueError for no model, what is no Denoiser, or models on different processes.
     """
     models = tuple(models)
-    if not models:
-        raise ValueError(f"{what}: no models; expected one or more Denoisers on one process")
-    for i, model in enumerate(models):
-        if not isinstance(model, Denoiser):
-            raise TypeError(f"{what}: models[{i}] is {type(model).__name__}; expected a jdiff.denoiser(..)")
-        if model.process != models[0].process:
-            raise ValueError(
-                f"{what}: models[{i}] is on {model.process}, models[0] on {models[0].process}; their scores are of "
-                "different noised laws: use models of one process"
-            )
-    groups: list[list[int]] = []
-    for i, model in enumerate(models):
-        home = next((g for g in groups if _same(models[g[0]], model)), None)
-        if home is None:
-            groups.append([i])
-        else:
-            home.append(i)
-    return Together(tuple(_stack([models[i] for i in g]) for g in groups), tuple(map(tuple, groups)))
-
-
-def _parts(model: Denoiser) -> tuple[Any, Any] | None:
-    """(function and parameters, condition) of a lifted function with a condition."""
-    apply = model.apply
-    return apply.args if isinstance(apply, Partial) and apply.func is _call and apply.args[1] is not None else None
-
-
-def _same(a: Denoiser, b: Denoiser) -> bool:
-    if (p := _parts(a)) is None or (q := _parts(b)) is None or a.prediction != b.prediction:
-        return False
-    (leaves_a, tree_a), (leaves_b, tree_b) = jax.tree.flatten(p[0]), jax.tree.flatten(q[0])
-    same = tree_a == tree_b and all(u is v for u, v in zip(leaves_a, leaves_b, strict=True))
-    return same and jax.tree.structure(p[1]) == jax.tree.structure(q[1])
-
-
-def _stack(models: list[Denoiser]) -> Denoiser:
-    if len(models) == 1:
-        return models[0]
-    parts = [p for m in models if (p := _parts(m)) is not None]
-    cond = jax.tree.map(lambda *c: jnp.concatenate(list(map(jnp.asarray, c))), *(p[1] for p in parts))
-    return replace(models[0], apply=Partial(_call, parts[0][0], cond))
+    kind = models[0].prediction if models and isinstance(models[0], Denoiser) else "x0"
+    init, evaluate = branches(models, kind=kind, name=what)
+    return Together(init, evaluate, models[0].process, kind, len(models))
 
 
 def combine(weights: Array, parts: Array) -> Array:
