@@ -68,6 +68,15 @@ def test_or_is_the_mixture():
     assert (np.abs(np.abs(x[:, 0]) - 2.0) < 1.2).mean() < 0.1
 
 
+def test_the_limits_of_the_temperature():
+    """T = 0 averages, and a large T follows the denser model alone."""
+    pair = ("left", "right")
+    np.testing.assert_allclose(run(pair, "or", 64, temperature=0.0).x, run(pair, "average", 64).x, atol=1e-9)
+    info = run(pair, "or", 64, temperature=1e9).info
+    kappa, denser = np.asarray(info.kappa)[1:], np.argmax(np.asarray(info.log_q)[1:], -1)
+    np.testing.assert_allclose(np.take_along_axis(kappa, denser[..., None], -1), 1.0, atol=1e-6)
+
+
 def test_and_keeps_densities_equal():
     """By construction in the estimates; in the exact densities up to the estimator, where averaged scores do not."""
     pair = ("wide", "tall")
