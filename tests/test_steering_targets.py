@@ -205,6 +205,9 @@ def test_bad_input():
         steering.sample(DENOISER, TABLE, x, key, share=0)
     with pytest.raises(ValueError, match="m is 0"):
         steering.posterior_draws(DENOISER, TABLE, solvers.ddpm(), m=0)
+    hard = steering.fk(lambda x: jnp.where(jnp.arange(8) == 5, -jnp.inf, 0.0))  # a hard constraint is no reward
+    with pytest.raises(FloatingPointError, match="particle 5 of group 0 got the log-weight nan; a reward"):
+        steering.sample(DENOISER, TABLE, x, key, hard)
     zero = steering.Potential(lambda x: (), lambda key, step, memory: (jnp.full(8, -jnp.inf), memory))
     with pytest.raises(FloatingPointError, match=r"at step 1 of 12 .* all weights of group 0 are zero"):
         steering.sample(DENOISER, TABLE, x, key, zero)

@@ -24,14 +24,15 @@ Reward = Callable[[PyTree], Any]  # x0 (batch, ...) -> (batch,)
 
 
 def reward_of(reward: Reward, x: PyTree) -> Float[Array, " batch"]:
-    """The reward with its shape checked: (batch,), float32. ValueError names the shape that came back."""
+    """The reward with its shape checked: (batch,), float32. ValueError names the shape that came back. What is infinite
+    becomes NaN, which `run` reports with its step and particle."""
     batch = jax.tree.leaves(x)[0].shape[0]
     r = jnp.asarray(reward(x))
     if r.shape != (batch,):
         raise ValueError(
             f"the reward returned shape {r.shape} for {batch} particles; expected ({batch},), one number each"
         )
-    return r.astype(jnp.float32)
+    return jnp.where(jnp.isfinite(r), r, jnp.nan).astype(jnp.float32)
 
 
 @dataclass(frozen=True)
@@ -203,5 +204,5 @@ class _Guide:
 
 def best(reward: Reward, x: PyTree, groups: int = 1) -> PyTree:
     """The sample of the highest reward of each group: (groups * n, ...) -> (groups, ...). Best of n."""
-    place = jnp.argmax(reward_of(reward, x).reshape(groups, -1), 1)
+    place = jnp.nanargmax(reward_of(reward, x).reshape(groups, -1), 1)
     return jax.tree.map(lambda a: a.reshape(groups, -1, *a.shape[1:])[jnp.arange(groups), place], x)
