@@ -10,7 +10,6 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Integer, PyTree
 
-from jdiff import noise
 from jdiff.denoiser import Denoiser, cast_like
 from jdiff.predict import convert, model_time, wide
 from jdiff.tableau import Tableau
@@ -74,13 +73,15 @@ def stepper(
     denoiser: Denoiser, h0: Any, c0: Any, *, prediction: str = "x0", index: Integer[Array, " batch"] | None = None
 ) -> Stepper:
     """The Stepper of a tableau whose start is (h0, c0); its rows come from `rows`. `index`: see `sample`."""
+    process = denoiser.process
 
     def draw(key: Array | None, like: PyTree, Z: int) -> list[PyTree]:
-        return [noise.normal(jax.random.fold_in(_key(key), j), like, index) for j in range(Z)]
+        return [process.noise(jax.random.fold_in(_key(key), j), like, index) for j in range(Z)]
 
     def combine(r: int, terms: list[tuple[Any, list[PyTree]]]) -> PyTree:
         # Sums of scalar times array, not a matrix product: a TPU would round that to bfloat16.
-        weighted = [jax.tree.map(lambda a, c=M[r, j]: c * a, v) for M, vs in terms for j, v in enumerate(vs)]
+        times = lambda c, v: jax.tree.map(lambda c, a: c * a, process.split(c, v), v)
+        weighted = [times(M[r, j], v) for M, vs in terms for j, v in enumerate(vs)]
         return functools.reduce(lambda a, b: jax.tree.map(jnp.add, a, b), weighted)
 
     def init(key: Array | None, x: PyTree) -> State:
@@ -92,11 +93,11 @@ def stepper(
         x, t = state.x, model_time(row.t, state.x)
         out, carry = denoiser.apply(x, t, state.carry)
         outs = (out,) if row.B.shape[1] == 1 else tuple(out)
-        outs = tuple(convert(denoiser.process, x, t, cast_like(o, x), denoiser.prediction, prediction) for o in outs)
+        outs = tuple(convert(process, x, t, cast_like(o, x), denoiser.prediction, prediction) for o in outs)
         terms = [(row.A, list(state.registers)), (row.B, list(outs)), (row.C, draw(key, x, row.C.shape[1]))]
         new = tuple(combine(r, terms) for r in range(row.A.shape[0]))
         if (E := row.E) is not None:
-            new = tuple(jax.tree.map(lambda v, e=e: v + e, u) for e, u in zip(E, new, strict=True))
+            new = tuple(jax.tree.map(jnp.add, u, process.split(e, u)) for e, u in zip(E, new, strict=True))
         return State(new, carry), Info(x, outs)
 
     return Stepper(init, step)
@@ -219,7 +220,9 @@ def _checked(denoiser: Denoiser, tableau: Tableau, x: PyTree, key: Array | None)
     leaves = jax.tree.leaves(x)
     if not leaves:
         raise ValueError("x is empty; expected an array or a pytree of arrays, batch axis first")
-    for leaf in leaves:
+    denoiser.process.check(x)
+    coefficients = jax.tree.leaves(denoiser.process.split(np.zeros(tableau.A.shape[3:]), x))
+    for leaf, d in zip(leaves, map(np.shape, coefficients), strict=True):
         if leaf.dtype not in (jnp.float32, jnp.float64):
             raise TypeError(
                 f"x has dtype {leaf.dtype}; the state is kept in float32 (or float64) even where the network is "
@@ -228,7 +231,7 @@ def _checked(denoiser: Denoiser, tableau: Tableau, x: PyTree, key: Array | None)
         if leaf.ndim < 1 or leaf.shape[0] != leaves[0].shape[0]:
             shapes = [v.shape for v in leaves]
             raise ValueError(f"x holds shapes {shapes}; all leaves need the same leading batch axis")
-        if not _broadcasts(d := tableau.A.shape[3:], leaf.shape[1:]):
+        if not _broadcasts(d, leaf.shape[1:]):
             raise ValueError(
                 f"the tableau has coefficients of shape {d} (a time grid an element), which do not broadcast against "
                 f"one sample of shape {leaf.shape[1:]}"

@@ -21,7 +21,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
-from jdiff import noise
 from jdiff.denoiser import cast_like
 from jdiff.predict import check_kind, wide
 from jdiff.process import Process
@@ -120,7 +119,7 @@ def weight(
 
 
 # -------------------------------------------------------------------------------------------------------- loss
-def _target(process: Process, prediction: str, t: Array, x0: PyTree, eps: PyTree) -> PyTree:
+def _target(process: Process, prediction: str, t: Array, x0: Array, eps: Array) -> Array:
     """What a perfect network would return. From (x0, eps), not from x_t: dividing by sigma loses digits."""
     if prediction == "x0":
         return x0
@@ -128,9 +127,9 @@ def _target(process: Process, prediction: str, t: Array, x0: PyTree, eps: PyTree
         return eps
     a, s = process.alpha(t), process.sigma(t)
     if prediction == "score":
-        return jax.tree.map(lambda e: -e / s, eps)
+        return -eps / s
     c0, c1 = (-s, a) if prediction == "v" else (process.dalpha(t), process.dsigma(t))
-    return jax.tree.map(lambda x, e: c0 * x + c1 * e, x0, eps)
+    return c0 * x0 + c1 * eps
 
 
 def drop_labels(
@@ -163,7 +162,9 @@ def denoising_loss(
     where there are no labels. time: a sampler such as `uniform(process)` (the default). stratified: see `uniforms`.
     Raises ValueError for an unknown prediction or weighting, a dropout outside [0, 1), or one without a null label.
     """
-    weight(process, prediction, weighting, jnp.ones(()))  # reports bad names now
+    check_kind(prediction)
+    if weighting not in WEIGHTINGS:
+        raise ValueError(f"unknown weighting {weighting!r}; expected one of {', '.join(WEIGHTINGS)}")
     if not 0 <= label_dropout < 1:
         raise ValueError(f"label_dropout is a probability in [0, 1), got {label_dropout}")
     if label_dropout and null_label is None:
@@ -185,15 +186,17 @@ def denoising_loss(
         if len(ranks := {leaf.ndim for leaf in leaves}) > 1:
             raise ValueError(f"the sample's arrays have {sorted(ranks)} axes; one time a sample needs the same number")
         t = times.reshape(n, *[1] * (leaves[0].ndim - 1))
-        eps = noise.normal(noise_key, x0, index)
+        eps = process.noise(noise_key, x0, index)
         x = process.mix(x0, eps, t)
         if y is not None and label_dropout and null_label is not None:
             y = drop_labels(label_key, y, label_dropout, null_label, index)
         output = cast_like(apply(params, x, t, y), x)
-        target = _target(process, prediction, t, x0, eps)
-        w = weight(process, prediction, weighting, times, sigma_data=sigma_data, gamma=gamma)
-        errors = jax.tree.map(lambda o, r: jnp.square(o - r).reshape(n, -1), output, target)
-        flat = jax.tree.leaves(errors)
-        return w * sum(e.sum(-1) for e in flat) / sum(e.shape[1] for e in flat)
+
+        def leaf(p: Process, x0: Array, eps: Array, output: Array) -> Array:
+            w = weight(p, prediction, weighting, times, sigma_data=sigma_data, gamma=gamma)
+            return w * jnp.square(output - _target(p, prediction, t, x0, eps)).reshape(n, -1).sum(-1)
+
+        errors = jax.tree.leaves(jax.tree.map(leaf, process.each(x0), x0, eps, output))
+        return jnp.stack(errors).sum(0) / sum(leaf[0].size for leaf in leaves)
 
     return loss

@@ -81,7 +81,7 @@ def convert(process: Process, x: PyTree, t: Time, out: PyTree, source: str, targ
     if source == target:
         return out
 
-    def leaf(x: Any, out: Any) -> Any:
+    def leaf(process: Process, x: Any, out: Any) -> Any:
         if target == "x0":
             return _x0(process, source, t, x, out)
         eps = _eps(process, source, t, x, out)
@@ -94,7 +94,7 @@ def convert(process: Process, x: PyTree, t: Time, out: PyTree, source: str, targ
             return process.alpha(t) * eps - process.sigma(t) * x0
         return process.dalpha(t) * x0 + process.dsigma(t) * eps
 
-    return jax.tree.map(leaf, x, out)
+    return jax.tree.map(leaf, process.each(x), x, out)
 
 
 def array_of(x: Any, who: str) -> Array:

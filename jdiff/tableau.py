@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jdiff.process import Process
+from jdiff.process import Process, System
 
 HUGE = 1e5  # in x0 output the published solvers stay below alpha / sigma at the smallest noise level
 
@@ -174,6 +174,22 @@ def stack(tables: Sequence[Tableau], shape: tuple[int, ...]) -> Tableau:
     if any(T.E is not None for T in tables):
         arrays["E"] = join(*(np.zeros((T.nfe, R)) if T.E is None else T.E for T in tables))
     return tables[0].replace(**arrays)
+
+
+def join(tables: Sequence[Tableau], system: System) -> Tableau:
+    """One tableau for a system from one a part: `*d` of A, B, C, h0 and c0 ends in an axis over the parts.
+
+    ValueError where the parts' tables differ in their times or number of evaluations: one network call serves all.
+    """
+    first = tables[0]
+    for (name, _), T in zip(system.parts, tables, strict=True):
+        if T.nfe != first.nfe or not np.allclose(T.t, first.t, rtol=1e-12, atol=0):
+            raise ValueError(
+                f"{first.record.name} evaluates {name} and {system.parts[0][0]} at different times, and one network "
+                "call serves all parts of a system; take a solver whose evaluations lie on the grid (multistep, Heun)"
+            )
+    joined = stack(tables, (len(tables),))
+    return joined.replace(t=first.t, record=replace(joined.record, process=system))
 
 
 def _noise(row: Any) -> list[tuple[Any, str]]:

@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 
 from jdiff.predict import convert
-from jdiff.process import Process
-from jdiff.tableau import Record, Tableau, stack
+from jdiff.process import Process, System
+from jdiff.tableau import Record, Tableau, join, stack
 
 Value = Any  # in a sampler: a symbol; the same formulas run on arrays of the sample's shape too
 Model = Callable[..., Value]  # model(x, t, kind="x0", label="")
@@ -160,7 +160,12 @@ class Solver:
     when: str = ""
 
     def __call__(self, process: Process, times: Any) -> Tableau:
-        """times (n + 1,), or (n + 1, *d): a grid for each element of a sample of shape *d (or one that broadcasts)."""
+        """times (n + 1,), or (n + 1, *d): a grid for each element of a sample of shape *d (or one that broadcasts).
+
+        On a `System`: a table a part, joined; ValueError where they evaluate at different times or costs.
+        """
+        if isinstance(process, System):
+            return join([self(part, times) for _, part in process.parts], process)
         if np.ndim(times) > 1:
             times = process.check_times(times)
             columns = times.reshape(len(times), -1).T

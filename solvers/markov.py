@@ -47,13 +47,15 @@ def langevin_corrector(
     norms: str = "level",
     dtype: Any = np.float32,
     index: Integer[Array, " batch"] | None = None,
+    temperature: float = 1.0,
 ) -> Chain:
     """A table's Stepper with `steps` of Langevin dynamics before each row (Song et al. 2021, algorithms 4 and 5):
 
-        x <- x + e score + sqrt(2 e) z,      e = 2 A^2 (snr r)^2
+        x <- x + e score + sqrt(2 e) temperature z,      e = 2 A^2 (snr r)^2
 
-    A^2 is the published alpha: 1 on VE, 1 - beta (the squared ratio of the alphas over the row's step) on VP.
-    snr: 0.16 (CIFAR-10) and 0.075 (CelebA-HQ) in the paper. norms says what r = |z| / |score| is:
+    On a system each part has its own e (GDSS, whose scale_eps is `temperature`; 1 elsewhere). A^2 is the published
+    alpha: 1 on VE, 1 - beta (the squared ratio of the alphas over the row's step) on VP. snr: 0.16 (CIFAR-10) and
+    0.075 (CelebA-HQ) in the paper. norms says what r = |z| / |score| is:
 
     "level"   sigma, which it is for pure noise: one e a level, and so the law is right and samples are independent.
               As a tableau: `solvers.predictor_corrector`
@@ -68,8 +70,7 @@ def langevin_corrector(
     """
     if snr < 0 or steps < 0:
         raise ValueError(f"langevin_corrector: snr and steps must not be negative, got {snr=}, {steps=}")
-    if norms not in ("level", "batch", "sample"):
-        raise ValueError(f"langevin_corrector: norms is {norms!r}; expected 'level', 'batch' or 'sample'")
+    check_norms("langevin_corrector", norms)
     if np.ndim(table.t) > 1:
         raise ValueError("langevin_corrector: the tableau has a time an element; a corrector needs one time a row")
     free = np.array([all(n == "" or n.startswith("D") for n in row[1:]) for row in table.record.names[:-1]])
@@ -79,29 +80,17 @@ def langevin_corrector(
             "register, such as ddpm, ddim, reverse_diffusion or euler_maruyama, or heun or dpm_solver_pp"
         )
     p = denoiser.process
-    a = p.alpha(np.asarray(table.t, np.float64))
-    scale = a / np.append(a[1:], 1.0) * (p.sigma(np.asarray(table.t, np.float64)) if norms == "level" else 1.0)
+    each = [_scale(part, np.asarray(table.t, np.float64), norms) for part in parts_of(p)]
+    scale = np.stack(each, -1) if isinstance(p, process.System) else each[0]
     base = stepper(denoiser, *(jnp.asarray(v, dtype) for v in (table.h0, table.c0)), index=index)
-    norm = lambda v: jnp.sqrt(sum(jnp.sum(leaf.reshape(len(leaf), -1) ** 2, 1) for leaf in jax.tree.leaves(v)))
-
-    def ratio(z: PyTree, score: PyTree) -> Array:
-        if norms == "level":
-            return jnp.ones((1,), dtype)
-        return norm(z) / norm(score) if norms == "sample" else (norm(z).mean() / norm(score).mean())[None]
 
     def correct(key: Array, state: State, row: Rows, scale: Array) -> State:
         x, carry, t = state.x, state.carry, model_time(row.t, state.x)
         for m in range(steps):
             out, carry = denoiser.apply(x, t, carry)
             score = convert(p, x, t, cast_like(out, x), denoiser.prediction, "score")
-            z = noise.normal(jax.random.fold_in(key, CORRECTOR + m), x, index)
-            e = 2.0 * (scale * snr * ratio(z, score)) ** 2
-
-            def leaf(x: Array, s: Array, z: Array, e: Array = e) -> Array:
-                e = jnp.reshape(e, (-1,) + (1,) * (x.ndim - 1)).astype(x.dtype)
-                return x + e * s + jnp.sqrt(2.0 * e) * z
-
-            x = jax.tree.map(leaf, x, score, z)
+            z = p.noise(jax.random.fold_in(key, CORRECTOR + m), x, index)
+            x = langevin(p, x, score, z, scale, snr, norms, temperature)
         return State((x, *state.registers[1:]), carry)
 
     def step(key: Any, state: State, row: tuple[Rows, Array, Array]) -> tuple[State, Info]:
@@ -111,6 +100,39 @@ def langevin_corrector(
 
     every = (rows(table, dtype), jnp.asarray(free), jnp.asarray(scale, dtype))
     return Chain(Stepper(base.init, step), every, table.nfe + steps * int(free.sum()))
+
+
+def check_norms(who: str, norms: str) -> None:
+    if norms not in ("level", "batch", "sample"):
+        raise ValueError(f"{who}: norms is {norms!r}; expected 'level', 'batch' or 'sample'")
+
+
+def parts_of(p: process.Process) -> list[process.Process]:
+    return [part for _, part in p.parts] if isinstance(p, process.System) else [p]
+
+
+def _scale(p: process.Process, t: np.ndarray, norms: str) -> np.ndarray:
+    """A, and with norms = "level" times sigma, at the times of a table's rows."""
+    a = p.alpha(t)
+    return a / np.append(a[1:], 1.0) * (p.sigma(t) if norms == "level" else 1.0)
+
+
+def langevin(p: Any, x: PyTree, score: PyTree, z: PyTree, scale: Array, snr: float, norms: str, temperature: float):
+    """One Langevin step of `langevin_corrector`, with e = 2 (scale snr |z|/|score|)^2 for each part of a system."""
+    if isinstance(p, process.System):
+        part = lambda i, name, q: langevin(q, x[name], score[name], z[name], scale[i], snr, norms, temperature)
+        return {name: part(i, name, q) for i, (name, q) in enumerate(p.parts)}
+    norm = lambda v: jnp.sqrt(sum(jnp.sum(leaf.reshape(len(leaf), -1) ** 2, 1) for leaf in jax.tree.leaves(v)))
+    ratio = jnp.ones((1,), scale.dtype)
+    if norms != "level":
+        ratio = norm(z) / norm(score) if norms == "sample" else (norm(z).mean() / norm(score).mean())[None]
+    e = 2.0 * (scale * snr * ratio) ** 2
+
+    def leaf(x: Array, s: Array, z: Array) -> Array:
+        each = jnp.reshape(e, (-1,) + (1,) * (x.ndim - 1)).astype(x.dtype)
+        return x + each * s + temperature * jnp.sqrt(2.0 * each) * z
+
+    return jax.tree.map(leaf, x, score, z)
 
 
 def langevin_pc(

@@ -14,6 +14,8 @@ PROCESSES = {
     "vp_discrete": process.vp_discrete(np.linspace(1e-4, 2e-2, 1000)),
     "edm": process.edm(),
     "flow": process.flow(),
+    "ve": process.ve(),
+    "subvp": process.subvp(),
 }
 each = pytest.mark.parametrize("p", PROCESSES.values(), ids=PROCESSES)
 
@@ -73,7 +75,10 @@ def test_known_values():
         PROCESSES["vp_cosine"].alpha(np.linspace(0, 0.9, 9)), cosine(np.linspace(0, 0.9, 9)) / cosine(0)
     )
     assert abs(PROCESSES["vp_cosine"].alpha(1.0)) < 1e-16
-    assert [q.prior_std for q in PROCESSES.values()] == [1, 1, 1, 80, 1]
+    subvp = PROCESSES["subvp"]  # appendix B: sigma = 1 - exp(-integral of beta)
+    assert subvp.sigma(1.0) == pytest.approx(1 - np.exp(-10.05), rel=1e-12)
+    np.testing.assert_allclose(PROCESSES["ve"].sigma([0.5, 1.0]) ** 2, [0.01 * 50 - 1e-4, 2500 - 1e-4], rtol=1e-12)
+    assert [q.prior_std for q in list(PROCESSES.values())[:5]] == [1, 1, 1, 80, 1]
 
 
 def test_processes_are_static_values():

@@ -15,7 +15,9 @@ Own processes: subclass `Process`, give `alpha`, `sigma`, `dalpha`, `dsigma` and
 
 from .base import Process, Time
 from .reverting import MeanReverting, mean_reverting
+from .score_sde import VE, SubVP, subvp, ve
 from .straight import EDM, Flow, edm, flow
+from .system import System, system
 from .terminal import ZeroTerminal, zero_terminal_snr
 from .vp import VPCosine, VPDiscrete, VPLinear, vp_cosine, vp_discrete, vp_linear
 
@@ -26,14 +28,19 @@ ALL = {
     "edm": edm,
     "flow": flow,
     "mean_reverting": mean_reverting,
+    "ve": ve,
+    "subvp": subvp,
 }
 
 __all__ = [
     "ALL",
     "EDM",
+    "VE",
     "Flow",
     "MeanReverting",
     "Process",
+    "SubVP",
+    "System",
     "Time",
     "VPCosine",
     "VPDiscrete",
@@ -42,6 +49,9 @@ __all__ = [
     "edm",
     "flow",
     "mean_reverting",
+    "subvp",
+    "system",
+    "ve",
     "vp_cosine",
     "vp_discrete",
     "vp_linear",

@@ -78,21 +78,37 @@ class Process:
         g2 = 2.0 * s * self.dsigma(t) - 2.0 * self.drift(t) * s * s
         return xp_of(g2).sqrt(xp_of(g2).maximum(g2, 0.0))
 
+    def each(self, x: PyTree) -> PyTree:
+        """The process of each leaf of a sample: this one (see `system`)."""
+        return jax.tree.map(lambda _: self, x)
+
+    def split(self, c: Any, x: PyTree) -> PyTree:
+        """A coefficient of a tableau for each leaf of a sample: this one (see `system`)."""
+        return jax.tree.map(lambda _: c, x)
+
+    def check(self, x: PyTree) -> None:
+        """ValueError for a sample that this process cannot have; values that are being traced are not looked at."""
+
+    def noise(self, key: Array, like: PyTree, index: Array | None = None) -> PyTree:
+        """The standard noise eps, shaped like `like`, in the kernel, the prior, the losses and SDE solvers' steps."""
+        return noise.normal(key, like, index)
+
     def mix(self, x0: PyTree, eps: PyTree, t: Time) -> PyTree:
         """alpha(t) x0 + sigma(t) eps, leaf by leaf."""
-        a, s = self.alpha(t), self.sigma(t)
-        return jax.tree.map(lambda x, e: a * x + s * e, x0, eps)
+        return jax.tree.map(lambda p, x, e: p.alpha(t) * x + p.sigma(t) * e, self.each(x0), x0, eps)
 
     def diffuse(self, key: Array, x0: PyTree, t: Time, index: Array | None = None) -> PyTree:
         """A draw of x_t given x0; sample i's noise depends on key and index[i] (default i) alone."""
         x0 = jax.tree.map(jnp.asarray, x0)
         t = jnp.asarray(t, jax.tree.leaves(x0)[0].dtype)
-        return self.mix(x0, noise.normal(key, x0, index), t)
+        self.check(x0)
+        return self.mix(x0, self.noise(key, x0, index), t)
 
-    def prior(self, key: Array, shape: tuple[int, ...], index: Array | None = None, dtype: Any = None) -> Array:
-        """Noise at t_max, shape (batch, ...): what sampling starts from; keyed by sample as in `diffuse`."""
-        like = jax.ShapeDtypeStruct(shape, jnp.float32 if dtype is None else dtype)
-        return self.prior_std * noise.normal(key, like, index)
+    def prior(self, key: Array, shape: Any, index: Array | None = None, dtype: Any = None) -> PyTree:
+        """Noise at t_max, shape (batch, ...) or a pytree of such: what sampling starts from; keyed as in `diffuse`."""
+        leaf = lambda s: jax.ShapeDtypeStruct(s, jnp.float32 if dtype is None else dtype)
+        like = jax.tree.map(leaf, shape, is_leaf=lambda s: isinstance(s, tuple))
+        return jax.tree.map(lambda p, z: p.prior_std * z, self.each(like), self.noise(key, like, index))
 
     def check_times(self, t: Any, name: str = "times") -> np.ndarray:
         """Host check of a time grid: finite, inside [0, t_max], strictly falling, at least two. Float64 copy."""
