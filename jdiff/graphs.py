@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Bool, Num
+from jaxtyping import Array, Bool, Shaped
 
 from jdiff import process
 from jdiff.process import Process, System
@@ -55,7 +55,7 @@ def flags(graph: Graph) -> Bool[Array, "batch n"]:
     return jnp.any(graph["x"] != 0, -1) | jnp.any(graph["adj"] != 0, -1)
 
 
-def masked(graph: Graph, flags: Num[Array | np.ndarray, "batch n"] | Bool[Array | np.ndarray, "batch n"]) -> Any:
+def masked(graph: Graph, flags: Shaped[Array | np.ndarray, "batch n"]) -> Any:
     """The graph with zeros on the nodes whose flag is 0. ValueError for flags of another shape or other values."""
     shape = graph["adj"].shape[:2]
     if flags.shape != shape:
@@ -66,7 +66,7 @@ def masked(graph: Graph, flags: Num[Array | np.ndarray, "batch n"] | Bool[Array 
     return {"x": graph["x"] * f[..., None], "adj": graph["adj"] * f[..., None] * f[:, None]}
 
 
-def check(graph: Graph, flags: Num[Array | np.ndarray, "batch n"] | None = None) -> None:
+def check(graph: Graph, flags: Shaped[Array | np.ndarray, "batch n"] | None = None) -> None:
     """ValueError for shapes that do not fit, and for an adjacency that is not symmetric or has loops, by its entry.
 
     With `flags`, for anything on padding too. Values that are being traced are not looked at.

@@ -13,12 +13,13 @@ from typing import Any, NamedTuple
 from flax import nnx
 
 from .dit import DiT as DiT
+from .graph import GraphNet as GraphNet
 from .layers import REMAT as REMAT
 from .macs import macs as macs
 from .noise_prompt import NoisePromptNet as NoisePromptNet
 from .unet import UNet as UNet
 
-__all__ = ["PRESETS", "REMAT", "DiT", "NoisePromptNet", "Preset", "UNet", "build", "macs"]
+__all__ = ["PRESETS", "REMAT", "DiT", "GraphNet", "NoisePromptNet", "Preset", "UNet", "build", "macs"]
 
 
 class Preset(NamedTuple):

@@ -8,6 +8,7 @@ SciPy, Pillow and safetensors are imported by the functions that need them, if a
 """
 
 from .digits import digit_features
+from .graphs import graph_mmd
 from .kernel import cubic, energy, kernel_distance, rbf
 from .moments import Moments, frechet_distance
 from .neighbours import precision_recall
@@ -24,6 +25,7 @@ __all__ = [
     "energy",
     "evaluate",
     "frechet_distance",
+    "graph_mmd",
     "kernel_distance",
     "precision_recall",
     "rbf",
