@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from jdiff import fit as fit
     from jdiff import gradients as gradients
     from jdiff import guidance as guidance
+    from jdiff import interpolants as interpolants
     from jdiff import losses as losses
     from jdiff import metrics as metrics
     from jdiff import nets as nets
@@ -52,6 +53,7 @@ _LAZY = {
     "fit",
     "gradients",
     "guidance",
+    "interpolants",
     "losses",
     "metrics",
     "nets",

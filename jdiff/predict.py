@@ -74,12 +74,17 @@ def convert(process: Process, x: PyTree, t: Time, out: PyTree, source: str, targ
     """`out`, a prediction of kind `source` made at (x, t), as kind `target`.
 
     x and out are alike: arrays, pytrees of arrays, or the linear symbols of `jdiff.trace`. t broadcasts against
-    every leaf. Raises ValueError for an unknown kind.
+    every leaf. Raises ValueError for an unknown kind, and for a score of (or from) the velocity of a transport.
     """
     check_kind(source)
     check_kind(target)
     if source == target:
         return out
+    if not process.gaussian and "score" in (source, target):
+        raise ValueError(
+            f"no conversion from {source} to {target} on {process}: between two arbitrary densities the velocity does "
+            "not give the score; learn both, and see jdiff.interpolants.stochastic"
+        )
 
     def leaf(process: Process, x: Any, out: Any) -> Any:
         if target == "x0":

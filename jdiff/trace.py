@@ -77,6 +77,7 @@ def constant(like: Value, value: Any) -> Value:
 class _Tape:
     process: Process
     outputs: int = 1
+    prediction: str = "x0"
     points: list[Linear] = field(default_factory=list)
     times: list[Any] = field(default_factory=list)
     labels: list[str] = field(default_factory=list)
@@ -99,7 +100,7 @@ class _Tape:
         self.noises.append([])
         names = [f"D{k}"] if self.outputs == 1 else [f"D{k}.{o}" for o in range(self.outputs)]
         self.results.append([Linear(self, (), name) for name in names])
-        wanted = tuple(convert(self.process, x, self.times[-1], D, "x0", kind) for D in self.results[-1])
+        wanted = tuple(convert(self.process, x, self.times[-1], D, self.prediction, kind) for D in self.results[-1])
         return wanted[0] if self.outputs == 1 else wanted
 
     def noise(self) -> Linear:
@@ -171,6 +172,11 @@ class Solver:
             columns = times.reshape(len(times), -1).T
             each = {tuple(c): self(process, c) for c in np.unique(columns, axis=0)}
             return stack([each[tuple(c)] for c in columns], times.shape[1:])
+        if self.stochastic and not process.gaussian:
+            raise ValueError(
+                f"{self.name} adds the noise of alpha x0 + sigma eps, and {process} is no such process; take a "
+                "deterministic solver, or jdiff.interpolants.stochastic"
+            )
         g = grid(process, times)
         if g.n < self.min_steps:
             raise ValueError(f"{self.name} needs at least {self.min_steps} steps, got {g.n} from {g.n + 1} times")
@@ -198,14 +204,16 @@ def trace(
     order: int = 1,
     references: tuple[str, ...] = (),
     outputs: int = 1,
+    prediction: str = "x0",
 ) -> Tableau:
     """Run `sampler(x, model, noise)` on symbols and return the tableau of what it did.
 
     `model(x, t, kind="x0", label="")` evaluates the network, `noise()` draws standard noise; the returned symbol is
     the sample, or the first of a tuple whose others are kept in registers to the end (what inversion starts from).
-    Coefficients may be arrays that broadcast against one sample.
+    Coefficients may be arrays that broadcast against one sample. prediction: what the tableau's B multiplies; x0 output
+    keeps coefficients small at both ends of a Gaussian process, "velocity" is for transports.
     """
-    tape = _Tape(process, outputs)
+    tape = _Tape(process, outputs, prediction)
     x = Linear(tape, (), "x")
     last = sampler(x, tape.model, tape.noise)
     last, *kept = last if isinstance(last, tuple) else (last,)
@@ -310,7 +318,7 @@ def trace(
         C=pack(rows["C"], (K, R, Z)),
         h0=pack(start["h0"], (R,)),
         c0=pack(start["c0"], (R, Z)),
-        record=Record(name, order, process, tuple(tape.labels), names, references, outputs=outputs),
+        record=Record(name, order, process, tuple(tape.labels), names, references, prediction, outputs),
         E=pack(rows["E"], (K, R)) if constants else None,
     )
 

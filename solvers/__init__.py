@@ -24,6 +24,7 @@ from .multistep import sa_solver, unipc
 from .restart import restart
 from .reversible import bdia, ddim_inversion, edict
 from .sde import euler_maruyama, predictor_corrector, reverse_diffusion
+from .sit import sit, sit_times
 from .usf import Decision, schedule
 
 ALL: dict[str, Callable[..., Solver]] = {
@@ -44,6 +45,7 @@ ALL: dict[str, Callable[..., Solver]] = {
     "euler_maruyama": euler_maruyama,
     "reverse_diffusion": reverse_diffusion,
     "predictor_corrector": predictor_corrector,
+    "sit": sit,
     "restart": restart,
     "ghvb": ghvb,
     "heavy_ball": heavy_ball,
@@ -89,5 +91,5 @@ __all__ = [
     "ALL", "Decision", "Solver", "auto", "bdia", "dc_solver", "ddim", "ddim_inversion", "ddpm", "deis", "dpm_solver",
     "dpm_solver_pp", "dpm_solver_v3", "edict", "edm_stochastic", "euler", "euler_maruyama", "get", "ghvb",
     "heavy_ball", "heun", "load", "mrs", "parse", "pndm", "predictor_corrector", "restart", "reverse_diffusion",
-    "sa_solver", "schedule", "unipc", "unknown",
+    "sa_solver", "schedule", "sit", "sit_times", "unipc", "unknown",
 ]  # fmt: skip

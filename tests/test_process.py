@@ -12,6 +12,7 @@ PROCESSES = {
     "vp_linear": process.vp_linear(),
     "vp_cosine": process.vp_cosine(),
     "vp_discrete": process.vp_discrete(np.linspace(1e-4, 2e-2, 1000)),
+    "trigonometric": process.trigonometric(),
     "edm": process.edm(),
     "flow": process.flow(),
     "ve": process.ve(),
@@ -78,7 +79,7 @@ def test_known_values():
     subvp = PROCESSES["subvp"]  # appendix B: sigma = 1 - exp(-integral of beta)
     assert subvp.sigma(1.0) == pytest.approx(1 - np.exp(-10.05), rel=1e-12)
     np.testing.assert_allclose(PROCESSES["ve"].sigma([0.5, 1.0]) ** 2, [0.01 * 50 - 1e-4, 2500 - 1e-4], rtol=1e-12)
-    assert [q.prior_std for q in list(PROCESSES.values())[:5]] == [1, 1, 1, 80, 1]
+    assert [q.prior_std for q in list(PROCESSES.values())[:6]] == [1, 1, 1, 1, 80, 1]
 
 
 def test_processes_are_static_values():

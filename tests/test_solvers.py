@@ -14,7 +14,14 @@ import jdiff
 from jdiff import exact, process, solvers, times
 
 each_process = pytest.mark.parametrize("p", PROCESSES.values(), ids=PROCESSES)
-DISCRETISED = ("euler_t", "heun_t", "euler_maruyama", "reverse_diffusion", "predictor_corrector")  # x's drift, too
+DISCRETISED = (
+    "euler_t",
+    "heun_t",
+    "euler_maruyama",
+    "reverse_diffusion",
+    "predictor_corrector",
+    "sit",
+)  # x's drift, too
 INFLATED = ("edm_stochastic",)  # s_noise > 1
 EXACT_FOR_POINTS = {k: s for k, s in VARIANTS.items() if k not in (*DISCRETISED, *INFLATED, "edict")}
 
@@ -53,7 +60,7 @@ def test_a_grid_that_ends_at_sigma_zero(p, name):
                 two = ("bdia_edm", "dpm_solver_pp_2s_ancestral", "dpm_solver_pp_2s_between")
                 less = name == "edict" or (name in two and n > 1)  # out of alpha = 0
                 assert T.nfe == VARIANTS[name].cost(n) - (less and p.alpha(p.t_max) == 0)
-            own_end = ("euler_t", "heun_t", "deis", "pndm", "ghvb", "heavy_ball", "bdia", "edict")
+            own_end = ("euler_t", "heun_t", "deis", "pndm", "ghvb", "heavy_ball", "bdia", "edict", "sit")
             if not name.startswith(own_end) and n > 1:
                 np.testing.assert_allclose(T.B[-1, 0, 0], 1.0, atol=1e-12)  # the sample is the last prediction
 

@@ -19,12 +19,13 @@ from .score_sde import VE, SubVP, subvp, ve
 from .straight import EDM, Flow, edm, flow
 from .system import System, system
 from .terminal import ZeroTerminal, zero_terminal_snr
-from .vp import VPCosine, VPDiscrete, VPLinear, vp_cosine, vp_discrete, vp_linear
+from .vp import Trigonometric, VPCosine, VPDiscrete, VPLinear, trigonometric, vp_cosine, vp_discrete, vp_linear
 
 ALL = {
     "vp_linear": vp_linear,
     "vp_cosine": vp_cosine,
     "vp_discrete": vp_discrete,
+    "trigonometric": trigonometric,
     "edm": edm,
     "flow": flow,
     "mean_reverting": mean_reverting,
@@ -42,6 +43,7 @@ __all__ = [
     "SubVP",
     "System",
     "Time",
+    "Trigonometric",
     "VPCosine",
     "VPDiscrete",
     "VPLinear",
@@ -51,6 +53,7 @@ __all__ = [
     "mean_reverting",
     "subvp",
     "system",
+    "trigonometric",
     "ve",
     "vp_cosine",
     "vp_discrete",

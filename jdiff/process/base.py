@@ -36,6 +36,9 @@ class Process:
 
     t_min: float
     t_max: float
+    gaussian = (
+        True  # x_t is alpha x0 + sigma eps; False: a transport, of which solvers may integrate the velocity alone
+    )
 
     def alpha(self, t: Time) -> Any:
         """Signal scale at time t, shaped like t."""

@@ -128,6 +128,27 @@ class VPDiscrete(VariancePreserving):
         return jnp.interp(minus_log_alpha, jnp.asarray(-table, lam.dtype), jnp.asarray(times, lam.dtype))
 
 
+@dataclass(frozen=True)
+class Trigonometric(VariancePreserving):
+    def alpha(self, t: Time) -> Any:
+        t = float_(t)  # cos as a sine of the distance to t = 1: no cancellation there
+        return xp_of(t).sin(0.5 * math.pi * (1.0 - t))
+
+    def sigma(self, t: Time) -> Any:
+        t = float_(t)
+        return xp_of(t).sin(0.5 * math.pi * t)
+
+    def dalpha(self, t: Time) -> Any:
+        return -0.5 * math.pi * self.sigma(t)
+
+    def dsigma(self, t: Time) -> Any:
+        return 0.5 * math.pi * self.alpha(t)
+
+    def t_of_lam(self, lam: Any) -> Any:
+        lam = float_(lam)
+        return xp_of(lam).arctan(xp_of(lam).exp(-lam)) / (0.5 * math.pi)
+
+
 def vp_linear(beta_min: float = 0.1, beta_max: float = 20.0, t_min: float = 1e-3) -> Process:
     """Variance preserving with beta(t) linear in t in [0, 1] (Song et al. 2021, eq. 33): the DDPM schedule."""
     if not 0 < beta_min < beta_max:
@@ -143,6 +164,15 @@ def vp_cosine(s: float = 0.008, t_min: float = 1e-3) -> Process:
     if not s > 0:
         raise ValueError(f"vp_cosine: expected s > 0, got {s=}")
     return VPCosine(check_t_min(t_min, 1.0), 1.0, float(s))
+
+
+def trigonometric(t_min: float = 1e-3) -> Process:
+    """Variance preserving, alpha = cos(pi t / 2), sigma = sin(pi t / 2): the one-sided trigonometric interpolant.
+
+    Albergo et al. 2023 (arXiv 2303.08797); SiT's GVP path (Ma et al. 2024). It is `vp_cosine` at s = 0, with a finite
+    d sigma / dt at t = 0. SiT's other paths are `flow` (Linear) and `vp_linear` (VP).
+    """
+    return Trigonometric(check_t_min(t_min, 1.0), 1.0)
 
 
 def vp_discrete(betas: Any) -> Process:
