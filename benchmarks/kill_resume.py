@@ -23,10 +23,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-STEPS, EVERY = 240, 8
+EVERY = 8
 
 
-def child(out: str, keep: int) -> None:
+def child(out: str, steps: int, keep: int) -> None:
     """Train a tiny DiT on digits; programs come compiled from a cache that all runs share."""
     import jax
 
@@ -38,14 +38,14 @@ def child(out: str, keep: int) -> None:
     net = {"width": 16, "depth": 1, "heads": 2, "patch": 4}
     train(
         TrainConfig(
-            out=out, net="DiT", net_options=net, batch=16, steps=STEPS, warmup=10, log_every=4,
+            out=out, net="DiT", net_options=net, batch=16, steps=steps, warmup=10, log_every=4,
             checkpoint_every=EVERY, snapshot_every=3 * EVERY, keep=keep, tensorboard=False,
         )
     )  # fmt: skip
 
 
-def start(out: Path, keep: int) -> subprocess.Popen:
-    command = [sys.executable, __file__, "--child", str(out), "--keep", str(keep)]
+def start(out: Path, steps: int, keep: int = 2) -> subprocess.Popen:
+    command = [sys.executable, __file__, "--child", str(out), "--steps", str(steps), "--keep", str(keep)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
 
 
@@ -102,17 +102,17 @@ def rows(out: Path) -> list[list[str]]:
         return [row[:4] for row in csv.reader(file)]  # not the two columns that are times
 
 
-def main(kills: int, seed: int, base: Path) -> int:
+def main(kills: int, steps: int, seed: int, base: Path) -> int:
     from jdiff import checkpoint
 
     reference, run, rng = base / "reference", base / "run", random.Random(seed)
     shutil.rmtree(reference, ignore_errors=True), shutil.rmtree(run, ignore_errors=True)
-    process = start(base / "warm", 1)  # fills the cache
+    process = start(base / "warm", steps, keep=1)  # fills the cache
     if not process.stdout.readline():
         raise SystemExit("the run itself fails: see python benchmarks/kill_resume.py --child FOLDER --keep 1")
     process.kill(), process.wait()
     began = time.monotonic()
-    process = start(reference, STEPS)
+    process = start(reference, steps, keep=steps)
     process.stdout.readline()
     startup = time.monotonic() - began
     process.wait()
@@ -120,12 +120,12 @@ def main(kills: int, seed: int, base: Path) -> int:
 
     wrong, killed, during, last = [], 0, 0, None
     while killed < kills:
-        began, process = time.time(), start(run, 2)
+        began, process = time.time(), start(run, steps)
         if killed % 6 == 5:
             wait(process, lambda: True, rng.uniform(0, startup))
         else:
-            goal = (last or 0) + rng.randint(1, int(1.6 * STEPS / kills))
-            wait(process, lambda goal=goal: logged(run) >= min(goal, STEPS - 20), rng.uniform(0, 0.2))
+            goal = (last or 0) + rng.randint(1, int(1.6 * steps / kills))
+            wait(process, lambda goal=goal: logged(run) >= min(goal, steps - 20), rng.uniform(0, 0.2))
         if killed % 3 == 1:
             wait(process, lambda began=began: unfinished(run, began))
         if process.poll() is not None:
@@ -140,12 +140,12 @@ def main(kills: int, seed: int, base: Path) -> int:
         last = found
         state = "in the middle of a write" if unfinished(run, began) else "between writes"
         print(f"kill {killed}: {state}; last finished step {found}; differences so far: {len(wrong)}", flush=True)
-    if start(run, 2).wait():
+    if start(run, steps).wait():
         wrong.append("the last start failed")
     wrong += differences(run, reference, "checkpoints") + differences(run, reference, "snapshots")
     if checkpoint.steps(run / "snapshots") != checkpoint.steps(reference / "snapshots"):
         wrong.append("the snapshots are of other steps")
-    if checkpoint.latest_step(run / "checkpoints") != STEPS:
+    if checkpoint.latest_step(run / "checkpoints") != steps:
         wrong.append("the run did not reach its last step")
     if rows(run) != rows(reference):
         wrong.append("metrics.csv")
@@ -156,15 +156,16 @@ def main(kills: int, seed: int, base: Path) -> int:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=240, help="of the run, with a checkpoint every eighth")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="folder for the runs (default: a temporary one)")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--keep", type=int, default=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
-        child(arguments.child, arguments.keep)
+        child(arguments.child, arguments.steps, arguments.keep)
     elif arguments.out:
-        sys.exit(main(arguments.kills, arguments.seed, arguments.out))
+        sys.exit(main(arguments.kills, arguments.steps, arguments.seed, arguments.out))
     else:
         with tempfile.TemporaryDirectory() as folder:
-            sys.exit(main(arguments.kills, arguments.seed, Path(folder)))
+            sys.exit(main(arguments.kills, arguments.steps, arguments.seed, Path(folder)))
