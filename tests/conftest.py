@@ -44,3 +44,11 @@ def modules_with_shapes():
 TYPES = BeartypeConf(is_pep484_tower=True, claw_is_pep526=False, claw_decor_place_func=BeartypeDecorPlace.FIRST)
 beartype_packages([f"jdiff.{name}" for name in HOST], conf=TYPES)
 install_import_hook([*modules_with_shapes()], "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
+
+
+LONG = ("test_train", "test_notebook", "test_cli", "test_nets", "test_inversion", "test_correctors")
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first: a process takes a file at a time, and none should be left alone with one at the end."""
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
