@@ -169,19 +169,21 @@ def ddim(eta: float = 0.0) -> Solver:
 def ddpm(variance: str = "posterior") -> Solver:
     """Ancestral sampling (Ho et al. 2020, eq. 6 and 7), for any two times of any process.
 
-    The mean is that of q(x1 | x0 = D, x). variance: "posterior" is the paper's beta-tilde ("fixed small"; then it is
-    ddim(eta=1)), "beta" its beta ("fixed large"). No noise is added into sigma = 0.
+    The mean is that of q(x1 | x0 = D, x) of the process's own chain (`Process.posterior`): ResShift's, RDDM's and
+    Resfusion's samplers are this on their processes, and a bridge may start at its end, without noise. variance:
+    "posterior" is the paper's beta-tilde ("fixed small"; then it is ddim(eta=1) where the chain is x = alpha x0 + ..),
+    "beta" its beta ("fixed large"). No noise is added into sigma = 0.
     """
     if variance not in ("posterior", "beta"):
         raise ValueError(f"ddpm: variance is {variance!r}; expected 'posterior' (beta-tilde) or 'beta'")
 
     def sampler(g: Grid, x: Value, model: Model, noise: Noise) -> Value:
         for i in range(g.n):
-            s0, a1, s1, h = g.s[i], g.a[i + 1], g.s[i + 1], g.h(i)
+            q = g.process.posterior(g.t[i + 1], g.t[i])
             D = model(x, g.t[i])
-            x = (s1 / s0) * np.exp(-h) * x - a1 * np.expm1(-2.0 * h) * D
-            if s1 > 0:
-                x = x + (s1 if variance == "posterior" else s0) * np.sqrt(-np.expm1(-2.0 * h)) * noise()
+            x = q.x * x + q.x0 * D
+            if g.s[i + 1] > 0:
+                x = x + np.sqrt(q.var if variance == "posterior" else -np.expm1(-2.0 * g.h(i)) * g.s[i] ** 2) * noise()
         return x
 
     return Solver(

@@ -13,12 +13,15 @@ Host and device run the same source: NumPy numbers and arrays are computed in fl
 Own processes: subclass `Process`, give `alpha`, `sigma`, `dalpha`, `dsigma` and `t_of_lam`.
 """
 
-from .base import Process, Time
+from .base import Mismatch, Posterior, Process, Time
+from .bridge import BBED, OUVE, Bridge, bbed, brownian_bridge, ouve, sb_ve
+from .residual import Residual, rddm, resshift, tabulated
 from .reverting import MeanReverting, mean_reverting
 from .score_sde import VE, SubVP, subvp, ve
 from .straight import EDM, Flow, edm, flow
 from .system import System, system
 from .terminal import ZeroTerminal, zero_terminal_snr
+from .truncated import Relay, Resfusion, relay, resfusion
 from .vp import Trigonometric, VPCosine, VPDiscrete, VPLinear, trigonometric, vp_cosine, vp_discrete, vp_linear
 
 ALL = {
@@ -31,15 +34,31 @@ ALL = {
     "mean_reverting": mean_reverting,
     "ve": ve,
     "subvp": subvp,
+    "resshift": resshift,
+    "rddm": rddm,
+    "resfusion": resfusion,
+    "relay": relay,
+    "brownian_bridge": brownian_bridge,
+    "sb_ve": sb_ve,
+    "ouve": ouve,
+    "bbed": bbed,
 }
 
 __all__ = [
     "ALL",
+    "BBED",
     "EDM",
+    "OUVE",
     "VE",
+    "Bridge",
     "Flow",
     "MeanReverting",
+    "Mismatch",
+    "Posterior",
     "Process",
+    "Relay",
+    "Resfusion",
+    "Residual",
     "SubVP",
     "System",
     "Time",
@@ -48,12 +67,24 @@ __all__ = [
     "VPDiscrete",
     "VPLinear",
     "ZeroTerminal",
+    "bbed",
+    "brownian_bridge",
     "edm",
     "flow",
     "mean_reverting",
+    "ouve",
+    "rddm",
+    "relay",
+    "resfusion",
+    "resshift",
+    "sb_ve",
     "subvp",
     "system",
+<<<<<<< HEAD
     "trigonometric",
+=======
+    "tabulated",
+>>>>>>> 938e50f (Anchored processes: ResShift, RDDM, Resfusion, RDEIC's relay, SGMSE's three, bridges; the posterior in one place)
     "ve",
     "vp_cosine",
     "vp_discrete",

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,22 @@ def reciprocal(x: Any) -> Any:
     """1 / x, and 0 where x is 0."""
     xp = xp_of(x)
     return xp.where(x == 0, 0.0, 1.0 / xp.where(x == 0, 1.0, x))
+
+
+class Posterior(NamedTuple):
+    """q(x_s | x_t, x0) = N(x x_t + x0 x0, var): two coefficients and a variance."""
+
+    x: Any
+    x0: Any
+    var: Any
+
+
+class Mismatch(NamedTuple):
+    """The start of sampling against the true law at t_max: mean (start - true) = x0 x0 + y y, and std start - true."""
+
+    x0: float
+    y: float
+    std: float
 
 
 @dataclass(frozen=True)
@@ -95,6 +111,33 @@ class Process:
     def noise(self, key: Array, like: PyTree, index: Array | None = None) -> PyTree:
         """The standard noise eps, shaped like `like`, in the kernel, the prior, the losses and SDE solvers' steps."""
         return noise.normal(key, like, index)
+
+    def spread(self, t: Time) -> Any:
+        """sigma^2 / c, where the chain is x_t = (c_t / c_s) x_s + what does not depend on x_s; +inf where c = 0.
+
+        c is alpha unless a chain says otherwise (ResShift only adds: c = 1). x_s given x_t depends on it.
+        """
+        a, s = self.alpha(t), self.sigma(t)
+        xp = xp_of(a)
+        return xp.where(a == 0, xp.inf, s * s / xp.where(a == 0, 1.0, a))
+
+    def posterior(self, s: Time, t: Time) -> Posterior:
+        """q(x_s | x_t, x0) of the chain, for any 0 <= s < t <= t_max: Gaussian conditioning, once for every process.
+
+        Cov(x_s, x_t | x0) = (c_t / c_s) sigma_s^2, so x_t's coefficient is k = spread(s) / spread(t), that of x0
+        alpha_s - k alpha_t, and the variance sigma_s^2 - k^2 sigma_t^2. ValueError for times outside the support.
+        """
+        if not isinstance(s, jax.Array) and not isinstance(t, jax.Array):
+            late = np.any(np.asarray(t) > self.t_max * (1 + 1e-12))
+            if late or np.any(np.asarray(s) < 0) or np.any(np.asarray(s) >= np.asarray(t)):
+                raise ValueError(f"posterior: expected 0 <= s < t <= {self.t_max:g} of {self}, got {s=}, {t=}")
+        k = self.spread(s) / self.spread(t)
+        var = self.sigma(s) ** 2 - (k * self.sigma(t)) ** 2
+        return Posterior(k, self.alpha(s) - k * self.alpha(t), xp_of(var).maximum(var, 0.0))
+
+    def mismatch(self) -> Mismatch:
+        """How far `prior` is from the law at t_max, which has mean alpha x0 and standard deviation sigma."""
+        return Mismatch(-float(self.alpha(self.t_max)), 0.0, self.prior_std - float(self.sigma(self.t_max)))
 
     def mix(self, x0: PyTree, eps: PyTree, t: Time) -> PyTree:
         """alpha(t) x0 + sigma(t) eps, leaf by leaf."""
