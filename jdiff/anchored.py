@@ -67,7 +67,11 @@ class Aggregated:
         levels = np.append(0.0, a[1:] * np.cumsum(np.asarray(self.weights) / a[:-1]))
         t = float_(t)
         at = np.arange(n + 1) / n
-        return np.interp(t, at, levels) if xp_of(t) is np else jnp.interp(t, *(jnp.asarray(v, t.dtype) for v in (at, levels)))
+        return (
+            np.interp(t, at, levels)
+            if xp_of(t) is np
+            else jnp.interp(t, *(jnp.asarray(v, t.dtype) for v in (at, levels)))
+        )
 
 
 # The process --------------------------------------------------------------------------------------------------------
@@ -113,9 +117,7 @@ class Anchored:
         x0, _, std = self.process.mismatch()
         return Mismatch(x0, -self.guess * x0, std)
 
-    def prior(
-        self, key: Array, y: PyTree, index: Array | None = None, scale: PyTree | None = None
-    ) -> PyTree:
+    def prior(self, key: Array, y: PyTree, index: Array | None = None, scale: PyTree | None = None) -> PyTree:
         """The published start (guess a + b) y + prior_std z, z standard normal, in shifted form: like y, batch first.
 
         `mismatch` says how far that is from the true law there: for mean reversion (a = 0.005) a (y - x0) in the mean
@@ -163,7 +165,9 @@ class Anchored:
 def check_anchor(x: PyTree, y: PyTree) -> None:
     """ValueError where the anchor has another structure or another shape than the sample."""
     if jax.tree.structure(x) != jax.tree.structure(y):
-        raise ValueError(f"the anchor is {jax.tree.structure(y)}, the sample {jax.tree.structure(x)}; they must be alike")
+        raise ValueError(
+            f"the anchor is {jax.tree.structure(y)}, the sample {jax.tree.structure(x)}; they must be alike"
+        )
     for a, b in zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True):
         if jnp.shape(a) != jnp.shape(b):
             raise ValueError(
@@ -213,7 +217,7 @@ class Side:
     """A network fn(x, t, y) of consecutive Brownian bridges, at signed time: t towards the next frame, -t the previous.
 
     The two bridges share x0, the frame between, and one network knows its side by the sign (Lyu et al. 2024; the
-    official index is T (1 + side t)). A sample starts AT y, the frame of its side, with `process.brownian_bridge(t_max=1)`.
+    official index is T (1 + side t)). A sample starts AT y, the frame of its side: `process.brownian_bridge(t_max=1)`.
     """
 
     fn: Callable[..., PyTree]

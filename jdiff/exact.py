@@ -172,7 +172,8 @@ class Gaussian(Mixture):
         covs = np.einsum("r,q,i->irq", tableau.h0, tableau.h0, np.diag(start_cov)) + tableau.c0 @ tableau.c0.T
         for k in range(tableau.nfe):
             a, s = p.alpha(tableau.t[k]), p.sigma(tableau.t[k])
-            gain = a * values / (a**2 * values + s**2)  # D = centre + gain (x - a centre)
+            var = a**2 * values + s**2
+            gain = np.where(var > 0, a * values / np.where(var > 0, var, 1.0), 0.0)  # D = centre + gain (x - a centre)
             M = np.broadcast_to(np.asarray(tableau.A[k]), (d, R, R)).copy()
             B = np.asarray(tableau.B[k])[:, 0]
             M[:, :, 0] += gain[:, None] * B

@@ -147,7 +147,7 @@ class Solver:
 
     `sampler(g, x, model, noise)` states the formulas, on one grid. `cost(n)` is the NFE of n steps
     that end at sigma = 0. `prediction` is what the formulas hold constant or make a polynomial of ("x0", "eps", ..);
-    `when` says in one line when to use it.
+    `when` says in one line when to use it. `from_point`: it may start where sigma = 0, at a bridge's end.
     """
 
     name: str
@@ -159,6 +159,7 @@ class Solver:
     stochastic: bool = False
     prediction: str = "x0"
     when: str = ""
+    from_point: bool = False
 
     def __call__(self, process: Process, times: Any) -> Tableau:
         """times (n + 1,), or (n + 1, *d): a grid for each element of a sample of shape *d (or one that broadcasts).
@@ -180,6 +181,11 @@ class Solver:
         g = grid(process, times)
         if g.n < self.min_steps:
             raise ValueError(f"{self.name} needs at least {self.min_steps} steps, got {g.n} from {g.n + 1} times")
+        if np.any(g.s[0] == 0) and not self.from_point:
+            raise ValueError(
+                f"{self.name}: {process} starts at a point at t = {g.t[0]:g} (sigma = 0), so the first step must draw "
+                "noise: take solvers.ddpm, or start at an earlier time"
+            )
         sampler = functools.partial(self.sampler, g)
         return trace(sampler, process, name=self.name, order=self.order, references=self.references).validate()
 

@@ -193,4 +193,5 @@ def ddpm(variance: str = "posterior") -> Solver:
         ("Ho, Jain and Abbeel 2020 (DDPM), eq. 6 and 7",),
         stochastic=True,
         when="hundreds of evaluations, and steering, which needs its transition densities",
+        from_point=variance == "posterior",
     )

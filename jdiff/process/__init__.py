@@ -80,11 +80,8 @@ __all__ = [
     "sb_ve",
     "subvp",
     "system",
-<<<<<<< HEAD
-    "trigonometric",
-=======
     "tabulated",
->>>>>>> 938e50f (Anchored processes: ResShift, RDDM, Resfusion, RDEIC's relay, SGMSE's three, bridges; the posterior in one place)
+    "trigonometric",
     "ve",
     "vp_cosine",
     "vp_discrete",

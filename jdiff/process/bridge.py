@@ -70,7 +70,9 @@ def brownian_bridge(max_var: float = 1.0, k: float = 1.0, t_max: float = 0.999, 
     start y + sigma(t_max) eps is off by (1 - m) (y - x0) in the mean: see `Process.mismatch`.
     """
     if not (max_var > 0 and k >= 1 and 0 < t_max <= 1):
-        raise ValueError(f"brownian_bridge: expected max_var > 0, k >= 1, 0 < t_max <= 1, got {max_var=}, {k=}, {t_max=}")
+        raise ValueError(
+            f"brownian_bridge: expected max_var > 0, k >= 1, 0 < t_max <= 1, got {max_var=}, {k=}, {t_max=}"
+        )
     return Bridge(check_t_min(t_min, t_max), float(t_max), 2.0 * float(max_var), float(k))
 
 
@@ -123,7 +125,9 @@ def ouve(theta: float = 1.5, sigma_min: float = 0.05, sigma_max: float = 0.5, t_
     y + sigma(1) eps, although e^(-theta) = 22 % of x0 - y is left there (`Process.mismatch`), and stops at t_min.
     """
     if not (theta > 0 and 0 < sigma_min < sigma_max):
-        raise ValueError(f"ouve: expected theta > 0, 0 < sigma_min < sigma_max, got {theta=}, {sigma_min=}, {sigma_max=}")
+        raise ValueError(
+            f"ouve: expected theta > 0, 0 < sigma_min < sigma_max, got {theta=}, {sigma_min=}, {sigma_max=}"
+        )
     return OUVE(check_t_min(t_min, 1.0), 1.0, float(theta), float(sigma_min), float(sigma_max))
 
 

@@ -34,7 +34,11 @@ class Residual(Process):
             i = xp.clip(xp.ceil(t * len(slopes)).astype(int) - 1, 0, len(slopes) - 1)
             return slopes[i] if xp is np else jnp.asarray(slopes, t.dtype)[i]
         times, values = tables[0], tables[table]
-        return np.interp(t, times, values) if xp is np else jnp.interp(t, *(jnp.asarray(v, t.dtype) for v in (times, values)))
+        return (
+            np.interp(t, times, values)
+            if xp is np
+            else jnp.interp(t, *(jnp.asarray(v, t.dtype) for v in (times, values)))
+        )
 
     def alpha(self, t: Time) -> Any:
         return self._at(1, t)
@@ -62,7 +66,7 @@ class Residual(Process):
         ca, cs = (xp.exp(-xp.logaddexp(xp.zeros_like(lam), sign * lam)) for sign in (1.0, -1.0))
         gap = lambda j: ca * xp.asarray(a, lam.dtype)[j] - cs * xp.asarray(s, lam.dtype)[j]
         left, right = gap(i), gap(i + 1)
-        return xp.clip((i + left / (left - right)) / n, 0.0, 1.0).astype(lam.dtype)
+        return xp.clip((i.astype(lam.dtype) + left / (left - right)) / n, 0.0, 1.0)
 
 
 def tabulated(alphas: Any, sigmas: Any, who: str = "tabulated") -> Process:
@@ -88,7 +92,7 @@ def resshift(
 ) -> Process:
     """ResShift (Yue et al. 2023, arXiv 2307.12348): x_t = x0 + eta (y - x0) + kappa sqrt(eta) eps, less eta y.
 
-    alpha = 1 - eta, sigma = kappa sqrt(eta). As coded, sqrt(eta_i) = e (end / e)^(u^power) with u = (i - 1) / (steps - 1)
+    alpha = 1 - eta, sigma = kappa sqrt(eta). As coded, sqrt(eta_i) = e (end / e)^(u^power), u = (i - 1) / (steps - 1)
     and e = min(min_noise / kappa, min_noise). The conference model is the default; the journal's (arXiv 2403.07319)
     has steps=4, min_noise=0.2. One step is eta = end^2. The network's index is n t - 1, and its input is scaled by
     1 / sqrt(kappa^2 eta + 1) in the official code. UPSR (arXiv 2503.18512): steps=5, kappa=2.5, power=0.2 and a noise

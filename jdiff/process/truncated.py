@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from .base import Process, Time, float_, xp_of
-from .vp import VariancePreserving, vp_discrete
+from .vp import VariancePreserving, VPDiscrete, vp_discrete
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,9 @@ class Resfusion(_Truncated):
         return 2.0 * self.base.dalpha(t)
 
     def t_of_lam(self, lam: Any) -> Any:
-        lam = float_(lam)  # with (A, S) = (cos f, sin f): 2 cos f - q sin f = 1, so f = acos(1 / sqrt(4 + q^2)) - atan(q / 2)
+        lam = float_(
+            lam
+        )  # with (A, S) = (cos f, sin f): 2 cos f - q sin f = 1, so f = acos(1 / sqrt(4 + q^2)) - atan(q / 2)
         xp = xp_of(lam)
         q = xp.exp(xp.minimum(lam, 40.0))
         root = xp.sqrt(3.0 + q * q)
@@ -80,14 +82,16 @@ def resfusion(steps: int = 12, beta_min: float = 1e-4, beta_max: float = 0.02) -
     schedule; the official code leaves it where it is within 0.01 of that, and then starts off by (2 A - 1) (x0 - y).
     """
     if int(steps) != steps or steps < 2 or not 0 < beta_min < beta_max:
-        raise ValueError(f"resfusion: expected whole steps >= 2, 0 < beta_min < beta_max; got {steps=}, {beta_min=}, {beta_max=}")
+        raise ValueError(
+            f"resfusion: expected whole steps >= 2, 0 < beta_min < beta_max; got {steps=}, {beta_min=}, {beta_max=}"
+        )
     betas = 1000.0 / steps * np.linspace(beta_min, beta_max, int(steps))
     bars = np.cumprod(1.0 - betas)
     n = int(np.argmax(bars <= 0.25))  # betas beyond it are not used: the last of 12 are above 1
     if n < 1:
         raise ValueError(f"resfusion: sqrt(alpha_bar) must pass 1/2 after the first level; got {np.sqrt(np.abs(bars))}")
-    base = vp_discrete(np.append(betas[:n], 1.0 - 0.25 / bars[n - 1]))
-    return Resfusion(base.t_min, 1.0, base)
+    betas = np.append(betas[:n], 1.0 - 0.25 / bars[n - 1])
+    return Resfusion(1.0 / len(betas), 1.0, VPDiscrete(1.0 / len(betas), 1.0, tuple(betas.tolist())))
 
 
 def relay(base: Process | None = None, t_max: float = 0.3) -> Process:
