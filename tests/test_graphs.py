@@ -1,4 +1,4 @@
-"""Graph data, statistics and network: counts by brute force, SciPy's distances, renumbered nodes."""
+"""Graph data, statistics and network, point sets: counts by brute force, SciPy's distances, renumbered nodes."""
 
 import itertools
 
@@ -11,6 +11,7 @@ from flax import nnx
 
 from jdiff import graphs, metrics, nets
 from jdiff.data.synthetic import graphs as data
+from jdiff.data.synthetic import pictures, points
 from jdiff.metrics import graphs as statistics
 
 # the nine graphlets of three and four nodes: edges, and each node's orbit in Przulj's numbering
@@ -134,3 +135,59 @@ def test_bad_input():
         nets.GraphNet(3, width=6, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match=r"features=3, and x has shape \(1, 4, 2\)"):
         nets.GraphNet(3, rngs=nnx.Rngs(0))({"x": jnp.zeros((1, 4, 2)), "adj": jnp.zeros((1, 4, 4))}, 0.5)
+
+
+# ---------------------------------------------------------------------------------------------------------- points
+@pytest.mark.parametrize("name", points.ALL)
+def test_points_lie_on_their_manifold_with_its_normals(name):
+    found = points.ALL[name](2000, seed=3)
+    x, normals = found.x, found.normals
+    np.testing.assert_allclose(np.linalg.norm(normals, axis=1), 1, rtol=1e-12)
+    if name == "swiss_roll":
+        r = np.hypot(x[:, 0], x[:, 2])
+        np.testing.assert_allclose(x[:, 0], r * np.cos(r), atol=1e-9)
+        assert 1.5 * np.pi <= r.min() and r.max() <= 4.5 * np.pi
+    else:
+        f = {
+            "sphere": lambda x: (x**2).sum(1) - 1,
+            "torus": lambda x: (np.hypot(x[:, 0], x[:, 1]) - 2) ** 2 + x[:, 2] ** 2 - 0.49,
+            "two_moons": lambda x: np.minimum(*(np.abs(((x - c) ** 2).sum(1) - 1) for c in ([0, 0], [1, 0.5]))),
+        }[name]
+        np.testing.assert_allclose(f(x), 0, atol=1e-9)
+        if name != "two_moons":  # the gradient of the equation points along the normal
+            step = 1e-6 * np.eye(3)
+            slope = np.stack([f(x + e) - f(x - e) for e in step], 1)
+            np.testing.assert_allclose(slope / np.linalg.norm(slope, axis=1, keepdims=True), normals, atol=1e-6)
+    # the nearest neighbours lie in the tangent plane, and the plane has the stated dimension
+    near = np.argsort(((x[:50, None] - x[None]) ** 2).sum(-1), 1)[:, 1:9]
+    along = x[near] - x[:50, None]
+    angles = np.abs(np.einsum("nkd,nd->nk", along, normals[:50])) / np.linalg.norm(along, axis=-1)
+    assert np.median(angles) < 0.15
+    values = np.linalg.svd(along - along.mean(1, keepdims=True), compute_uv=False)
+    assert np.median((values > 0.25 * values[:, :1]).sum(1)) == found.dimension
+    np.testing.assert_array_equal(points.ALL[name](2000, seed=3).x, x)
+    spread = points.ALL[name](2000, seed=3, noise=0.1).x - x
+    assert abs(spread.std() - 0.1) < 0.005
+
+
+def test_points_are_uniform():
+    torus = points.torus(20_000, seed=1)
+    inside = (np.hypot(torus.x[:, 0], torus.x[:, 1]) < 2).mean()  # share of the area: 1/2 - tube / (pi radius)
+    assert abs(inside - (0.5 - 0.7 / (2 * np.pi))) < 4 * 0.5 / np.sqrt(20_000)
+    roll = points.swiss_roll(20_000, seed=1).x
+    r = np.hypot(roll[:, 0], roll[:, 2])
+    length = lambda r: 0.5 * (r * np.sqrt(1 + r * r) + np.arcsinh(r))
+    low, high = length(1.5 * np.pi), length(4.5 * np.pi)
+    assert scipy.stats.kstest((length(r) - low) / (high - low), "uniform").pvalue > 1e-3
+    with pytest.raises(ValueError, match="tube < radius"):
+        points.torus(3, tube=3.0)
+
+
+def test_contact_sheets(tmp_path):
+    found = pictures.show(folder=tmp_path)
+    assert [f.name for f in found] == ["molecules.png", "communities.png", "points.png"]
+    assert all(f.stat().st_size > 10_000 for f in found)
+    two = np.zeros((4, 4))
+    two[0, 1] = two[1, 0] = two[2, 3] = two[3, 2] = 1
+    at = pictures.layout(two)
+    assert np.linalg.norm(at[0] - at[1]) < np.linalg.norm(at[0] - at[2])
