@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from jdiff import guidance as guidance
     from jdiff import interpolants as interpolants
     from jdiff import losses as losses
+    from jdiff import mesh as mesh
     from jdiff import metrics as metrics
     from jdiff import nets as nets
     from jdiff import ode as ode
@@ -55,6 +56,7 @@ _LAZY = {
     "guidance",
     "interpolants",
     "losses",
+    "mesh",
     "metrics",
     "nets",
     "ode",

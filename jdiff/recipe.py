@@ -54,6 +54,7 @@ class TrainConfig:
     ema: tuple[float, ...] = ema.SIGMA_RELS  # lengths sigma_rel of the tracked averages (power-function profiles)
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; parameters stay float32
     seed: int = 0  # of the parameters, the batches and the noise
+    mesh: str = ""  # devices an axis, such as data=2,fsdp=4 (axes data, fsdp, tensor, sequence); "": all on data
     checkpoint_every: int = 500  # steps between checkpoints
     keep: int = 2  # how many checkpoints stay on disk
     snapshot_every: int | None = None  # steps between snapshots of the averages; None: steps / 16
@@ -61,7 +62,7 @@ class TrainConfig:
     tensorboard: bool = True  # write TensorBoard events beside metrics.csv
 
 
-MAY_CHANGE = ("out", "log_every", "checkpoint_every", "keep", "tensorboard")
+MAY_CHANGE = ("out", "mesh", "log_every", "checkpoint_every", "keep", "tensorboard")
 """Fields that a resumed run may change, and `steps`, to go on for longer, if the schedule is constant."""
 
 
@@ -176,17 +177,6 @@ def build_net(config: TrainConfig, dataset: Any, rngs: "nnx.Rngs") -> Any:
                 f"{fixed[name]!r}; leave it out, it follows from them"
             )
     return nets.build(config.net, rngs=rngs, **{**config.net_options, **fixed})
-
-
-def data_mesh(batch: int) -> jax.sharding.Mesh:
-    """All devices on one axis, "data"; ValueError where they do not divide the batch."""
-    devices = np.array(jax.devices())
-    if batch < 1 or batch % len(devices):
-        nearest = max(round(batch / len(devices)), 1) * len(devices)
-        raise ValueError(
-            f"batch {batch} is not divisible by the mesh's {len(devices)} devices; the nearest is {nearest}"
-        )
-    return jax.sharding.Mesh(devices, ("data",))
 
 
 def check(config: TrainConfig) -> None:

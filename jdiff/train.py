@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, PyTree, UInt32
 
 from jdiff import checkpoint, ema, losses, recipe, runlog
+from jdiff import mesh as meshes
 from jdiff import process as process_lib
 from jdiff.denoiser import Denoiser, denoiser
 from jdiff.recipe import NetCall as NetCall
@@ -119,6 +119,7 @@ def train(
 
     callback(step, metrics) is called at each row of metrics. dataset: a `jdiff.data.Dataset` instead of loading
     config.data. quiet: no progress on the terminal.
+    config.mesh lays the state and the batches out on the devices (`jdiff.mesh`); a run may go on on another mesh.
     Before anything is compiled: ValueError for a configuration that does not fit together (names, batch and
     mesh, net and images), CheckpointError where config.out holds a run of another configuration or damaged files.
     FloatingPointError at a non-finite loss or gradient names its step; the last checkpoint before it is kept.
@@ -128,26 +129,27 @@ def train(
     from jdiff import data
 
     recipe.check(config)
-    mesh, process = recipe.data_mesh(config.batch), recipe.make_process(config)
+    mesh, process = meshes.make(config.mesh), recipe.make_process(config)
     if dataset is None:
         part = "train" if config.split is None and config.data == "digits" else config.split
         dataset = data.load(config.data, split=part, size=config.size, data_dir=config.data_dir)
     data.batch_indices(len(dataset), config.batch, config.seed, 0)  # reports a batch larger than the data set
     build = lambda seed: recipe.build_net(config, dataset, nnx.Rngs(jax.random.key(seed)))
     net = nnx.eval_shape(lambda: build(0))
+    meshes.check(mesh, net, config.batch)
     graph, conditional = nnx.graphdef(net), bool(net.config["num_classes"])
     call = NetCall(graph, process, recipe.sigma_data_of(config))
     loss = recipe.make_loss(config, call, net.null_label if conditional and config.label_dropout else None)
     optimizer, rate = recipe.make_optimizer(config), jax.jit(recipe.learning_rate(config))
     meta = recipe.meta(config, net, dataset)
 
-    everywhere, split = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("data",)))
+    everywhere, split = meshes.everywhere(mesh), meshes.batch(mesh)
     seed = jnp.uint32(config.seed)  # an argument of both programs: a constant would be folded, slowly
     fresh = lambda seed: init_state(nnx.to_pure_dict(nnx.state(build(seed))), optimizer, config.ema)
-    state, empty = jax.jit(lambda seed: (fresh(seed), meter()), out_shardings=everywhere)(seed)
-    step_fn = jax.jit(
-        make_train_step(loss, optimizer, config.ema), donate_argnums=0, out_shardings=(everywhere, everywhere)
-    )
+    laid = meshes.shardings(mesh, net, jax.eval_shape(fresh, seed)), everywhere
+    state, empty = jax.jit(lambda seed: (fresh(seed), meter()), out_shardings=laid)(seed)
+    step = meshes.on(mesh, make_train_step(loss, optimizer, config.ema))
+    step_fn = jax.jit(step, donate_argnums=0, out_shardings=laid)
 
     out = Path(config.out)
     state, sums, start = _resume(out, config, state, empty)

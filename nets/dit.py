@@ -9,6 +9,8 @@ from flax import nnx
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float
 
+from jdiff.mesh import BATCH, constrain
+
 from .layers import (
     Attention,
     Conditioning,
@@ -61,7 +63,8 @@ class Block(nnx.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(self.modulation(jax.nn.silu(c)), 6, axis=-1)
         x = x + gate1 * self.attention(modulate(layer_norm(x), shift1, scale1), perturb)
         hidden = jax.nn.gelu(self.mlp_in(modulate(layer_norm(x), shift2, scale2)), approximate=True)
-        return x + gate2 * self.mlp_out(hidden)
+        hidden = constrain(hidden, BATCH, "sequence", "tensor")
+        return constrain(x + gate2 * self.mlp_out(hidden), BATCH, "sequence", None)
 
 
 class DiT(Net):
@@ -93,6 +96,15 @@ class DiT(Net):
     Raises:
         ValueError: sizes that do not divide, or an unknown remat.
     """
+
+    # how parameters lie on a mesh: see `jdiff.mesh.shardings`
+    RULES = (
+        ("(attention/qkv|mlp_in)/kernel", ("fsdp", "tensor")),
+        ("(attention/out|mlp_out)/kernel", ("tensor", "fsdp")),
+        ("(attention/qkv|mlp_in)/bias", ("tensor",)),
+        ("out/kernel", ("fsdp", None)),
+        ("(patches|modulation|time_in|time_out)/kernel|labels", (None, "fsdp")),
+    )
 
     def __init__(
         self,
@@ -222,7 +234,7 @@ class DiT(Net):
         # A constant of the program, made on the host: no parameter, and nothing for an optimizer to move.
         table = jnp.asarray(positions(self.image_size // self.patch, self.width), self.dtype)
         h = self.patches(patchify(x.astype(self.dtype), self.patch)) + table
-        return h, self.conditioning(time, y)
+        return constrain(h, BATCH, "sequence", None), self.conditioning(time, y)
 
     def project(self, h: Float[Array, "b n d"], c: Float[Array, "b2 n2 d"]) -> Float[Array, "b height width c"]:
         """Tokens after the last block to an image, in `dtype`."""

@@ -17,6 +17,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from jdiff.mesh import BATCH, constrain
+
 Attention = Callable[[Array, Array, Array], Array]
 """(q, k, v), each (b, n, heads, head width) -> the same shape."""
 
@@ -317,6 +319,7 @@ class SelfAttention(nnx.Module):
     def __call__(self, x: Float[Array, "b n d"], perturb: Float[Array, "b2 heads"] | None = None) -> Array:
         """perturb: u a head, a sample (or 1 for all): attention maps become (1 - u) A + u I (2506.10978)."""
         q, k, v = rearrange(self.qkv(x), "b n (three heads d) -> three b n heads d", three=3, heads=self.heads)
+        q, k, v = (constrain(a, BATCH, None, "tensor", None) for a in (q, k, v))
         h = self.attention(q, k, v)
         if perturb is not None:  # any attention function: (1 - u) A v + u v
             u = perturb[:, None, : self.heads, None].astype(h.dtype)

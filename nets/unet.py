@@ -10,6 +10,8 @@ from flax import nnx
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float
 
+from jdiff.mesh import BATCH, constrain
+
 from .layers import (
     Attention,
     Conditioning,
@@ -79,7 +81,7 @@ class Block(nnx.Module):
         h = self.conv_in(resample(jax.nn.silu(self.norm_in(x)), self.to))
         scale, shift = jnp.split(self.modulation(jax.nn.silu(c)), 2, axis=-1)
         h = self.conv_out(jax.nn.silu(modulate(self.norm_out(h), shift, scale)))
-        x = self.shortcut(x) + h
+        x = constrain(self.shortcut(x) + h, BATCH, None, None, None)
         if self.attention is not None and self.norm_attention is not None:
             tokens = rearrange(self.norm_attention(x), "b h w c -> b (h w) c")
             x = x + self.attention(tokens, perturb).reshape(x.shape)
@@ -112,6 +114,16 @@ class UNet(Net):
     Raises:
         ValueError: sizes that do not divide, an attention_at that is no resolution here, an unknown remat.
     """
+
+    # how parameters lie on a mesh: see `jdiff.mesh.shardings`
+    RULES = (
+        ("conv_out/kernel", (None, None, "fsdp", None)),
+        ("conv_in/kernel", (None, None, None, "fsdp")),
+        ("attention/qkv/kernel", ("fsdp", "tensor")),
+        ("attention/out/kernel", ("tensor", "fsdp")),
+        ("attention/qkv/bias", ("tensor",)),
+        ("(modulation|skip|time_in|time_out)/kernel|labels", (None, "fsdp")),
+    )
 
     def __init__(
         self,

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 import pytest
 
-from jdiff import checkpoint, ema, losses, process, recipe, train
+from jdiff import checkpoint, ema, losses, mesh, process, recipe, train
 from jdiff.train import TrainConfig
 
 TINY = {"width": 16, "depth": 1, "heads": 2, "patch": 4}
@@ -101,7 +101,7 @@ def test_sharded_step_is_the_unsharded_one():
     x0 = jax.random.normal(jax.random.key(0), (16, 4), jnp.float32)
     state = train.init_state({"w": jnp.asarray(0.3, jnp.float32)}, optimizer, ())
     step = jax.jit(train.make_train_step(loss, optimizer, ()))
-    split = jax.sharding.NamedSharding(recipe.data_mesh(16), jax.sharding.PartitionSpec("data"))
+    split = mesh.batch(mesh.make())
     one = step(state, train.meter(), {"image": x0}, jnp.uint32(0))
     many = step(state, train.meter(), {"image": jax.device_put(x0, split)}, jnp.uint32(0))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), one, many)

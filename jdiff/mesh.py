@@ -1,0 +1,165 @@
+"""An explicit mesh of devices with named axes, and how parameters, optimizer state, averages and batches lie on it.
+
+    data      a part of the batch each, parameters alike (and with them everything that has no axis below)
+    fsdp      a part of the batch each, and a part of every large parameter, gathered where it is used
+    tensor    a part of the heads and of the MLPs' hidden width each
+    sequence  a part of the tokens each, outside attention
+
+    mesh = jdiff.mesh.make("data=2,fsdp=4")                       # 8 devices; data=-1 takes what is left
+    params = jax.device_put(params, jdiff.mesh.shardings(mesh, net, params))
+    x = jax.device_put(x, jdiff.mesh.batch(mesh))
+    step = jax.jit(jdiff.mesh.on(mesh, step))                     # activations are constrained as well
+
+A net has one rule set, `RULES`: pairs of a pattern of a parameter's path and the axes of its last dimensions. It serves
+everything that is laid out like the parameters: optimizer state, averages, checkpoints. The same program runs on one
+device, many, or several processes, with the same numbers up to the order of sums: random numbers are keyed by sample.
+jit over a mesh is what `pmap` has become: put the batch on the mesh, and drop the leading device axis.
+"""
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, PyTree
+
+AXES = ("data", "fsdp", "tensor", "sequence")
+BATCH = ("data", "fsdp")  # the axes over which a batch is split
+
+Rules = Sequence[tuple[str, tuple[str | None, ...]]]
+
+
+def make(axes: str | Mapping[str, int] = "", devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh "data=2,fsdp=4": all of AXES are there, those not named have size 1; one size may be -1, the rest.
+
+    devices: default `jax.devices()`; "" puts all on "data". On a TPU the devices are ordered along its links.
+    ValueError for an unknown axis, or sizes that do not multiply to the number of devices.
+    """
+    from jax.experimental import mesh_utils
+
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = dict.fromkeys(AXES, 1) | (parse(axes) or {"data": -1})
+    if (open_axes := [name for name, n in sizes.items() if n == -1]) and len(open_axes) == 1:
+        rest = math.prod(n for n in sizes.values() if n != -1)
+        sizes[open_axes[0]] = len(devices) // rest if len(devices) % rest == 0 else 0
+    if math.prod(sizes.values()) != len(devices) or min(sizes.values()) < 1:
+        shown = " x ".join(f"{name} {n}" for name, n in (parse(axes) or sizes).items())
+        raise ValueError(
+            f"mesh {shown} does not multiply to the {len(devices)} devices; write one size as -1 for what is left"
+        )
+    shape = tuple(sizes.values())
+    grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def parse(axes: str | Mapping[str, int]) -> dict[str, int]:
+    """{"data": 2, "fsdp": 4} from "data=2,fsdp=4". ValueError for an unknown axis or a size that is no number."""
+    if isinstance(axes, str):
+        pairs = [part.partition("=")[::2] for part in axes.replace(" ", "").split(",") if part]
+        if bad := [f"{name}={n}" for name, n in pairs if not re.fullmatch(r"-1|[1-9]\d*", n)]:
+            raise ValueError(f"mesh: cannot read {bad[0]!r}; expected axis=size, such as data=2,fsdp=4")
+        axes = {name: int(n) for name, n in pairs}
+    if unknown := [name for name in axes if name not in AXES]:
+        raise ValueError(f"mesh: unknown axis {unknown[0]!r}; expected one of {', '.join(AXES)}")
+    return dict(axes)
+
+
+# ----------------------------------------------------------------------------------------------- where arrays lie
+def batch(mesh: Mesh) -> NamedSharding:
+    """Of arrays with the batch in front: split over data and fsdp."""
+    return NamedSharding(mesh, PartitionSpec(tuple(a for a in BATCH if a in mesh.axis_names)))
+
+
+def everywhere(mesh: Mesh) -> NamedSharding:
+    """Of arrays that every device has whole."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def shardings(mesh: Mesh, net: Any, tree: PyTree) -> PyTree:
+    """The NamedSharding of every array in `tree`: parameters, or whatever holds arrays under the parameters' paths.
+
+    net: has RULES, each (pattern, axes): the pattern is looked for at the end of the path "blocks/mlp_in/kernel", the
+    first that fits counts, and its axes are those of the last dimensions. Arrays of no rule (norms, biases, counters)
+    lie everywhere. ValueError lists the dimensions that an axis does not divide, with the nearest sizes that do: no
+    large array is replicated in silence.
+    """
+    wrong: list[str] = []
+
+    def place(path: Any, leaf: Any) -> NamedSharding:
+        name = "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
+        spec = _spec(getattr(net, "RULES", ()), name, np.ndim(leaf))
+        for n, axis in zip(np.shape(leaf), spec, strict=True):
+            if axis is not None and n % mesh.shape[axis]:
+                wrong.append(f"{name} {np.shape(leaf)}: {n} by {axis} = {mesh.shape[axis]}{_near(n, mesh.shape[axis])}")
+        return NamedSharding(mesh, PartitionSpec(*spec))
+
+    found = jax.tree_util.tree_map_with_path(place, tree)
+    if wrong:
+        more = f", and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise ValueError(f"the mesh does not divide {'; '.join(wrong[:5])}{more}; put the rest of the devices in data")
+    return found
+
+
+def _spec(rules: Rules, name: str, ndim: int) -> tuple[str | None, ...]:
+    for pattern, axes in rules:
+        if len(axes) <= ndim and re.search(rf"(^|/)(?:{pattern})$", name):
+            return (None,) * (ndim - len(axes)) + axes
+    return (None,) * ndim
+
+
+def _near(n: int, size: int) -> str:
+    fits = [k for k in range(1, n + 1) if n % k == 0]
+    near = sorted({max(k for k in fits if k <= size), min((k for k in fits if k >= size), default=n)})
+    return f" ({' or '.join(map(str, near))} would)"
+
+
+def check(mesh: Mesh, net: Any, batch: int) -> None:
+    """ValueError that names every number of the run that the mesh does not divide, with the nearest that it does.
+
+    The batch by data x fsdp, and of a transformer its heads by tensor and its tokens by sequence. Parameters are
+    `shardings`' to check.
+    """
+    counts: list[tuple[str, int, Iterable[str]]] = [("batch", batch, BATCH)]
+    if len(heads := set(getattr(net, "attention_heads", ()))) == 1:
+        counts.append(("heads", heads.pop(), ("tensor",)))
+    if (patch := getattr(net, "patch", None)) is not None:
+        counts.append(("tokens", (net.image_size // patch) ** 2, ("sequence",)))
+    wrong = []
+    for name, n, axes in counts:
+        size = math.prod(mesh.shape.get(axis, 1) for axis in axes)
+        if n < 1 or n % size:
+            nearest = max(round(n / size), 1) * size
+            what = " x ".join(axes)
+            of = f"the mesh's {size} devices" if name == "batch" else f"{what} = {size}"
+            wrong.append(f"{name} {n} is not divisible by {of}; the nearest is {nearest}")
+    if wrong:
+        raise ValueError(". ".join(wrong))
+
+
+# ----------------------------------------------------------------------------------------------------- activations
+def on(mesh: Mesh, fn: Callable[..., Any]) -> Callable[..., Any]:
+    """`fn`, to be jitted, with its activations laid out on the mesh: what `constrain` in a net looks for."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return fn(*args, **kwargs)
+
+    return run
+
+
+def constrain(x: Array, *axes: str | tuple[str, ...] | None) -> Array:
+    """x with its dimensions on these mesh axes, of which those that do not divide are left out; no mesh: x itself.
+
+    Without it the compiler may split features over fsdp and move the whole batch at every layer.
+    """
+    shape = jax.sharding.get_abstract_mesh().shape
+    if not any(n > 1 for n in shape.values()):
+        return x
+    kept = []
+    for n, names in zip(x.shape, axes, strict=True):
+        names = tuple(a for a in ((names,) if isinstance(names, str) else names or ()) if a in shape)
+        kept.append(names if n % math.prod(shape[a] for a in names) == 0 else None)
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*kept))
