@@ -216,7 +216,7 @@ def test_non_finite_loss_names_its_step_and_keeps_the_last_good_checkpoint(tmp_p
         ({"net_options": TINY | {"channels": 3}}, "channels is 3, but the data set digits .* 1"),
         ({"net_options": TINY | {"image_size": 32}}, "image_size is 32"),
         ({"net": "DiT-Ti/3"}, "unknown net"),
-        ({"process": "vp"}, "unknown process 'vp'; expected one of edm, flow"),
+        ({"process": "vp"}, "unknown process 'vp'; expected one of .*edm, flow"),
         ({"process_options": {"beta": 1.0}}, "process_options"),
         ({"prediction": "eps", "precondition": True}, "precondition"),
         ({"prediction": "noise"}, "unknown prediction"),
