@@ -1,9 +1,11 @@
-"""Restoration with an exact model: held-out digits from a blurred, noisy view, in mean-reverting diffusion.
+"""Restoration in anchored processes: held-out digits from a blurred, noisy view, by an exact model or a trained one.
 
-The prior is a mixture of ten Gaussians fitted to the training digits, one a class; the view y is the 2 x 2 block
-average plus noise, blown up again. E[x0 | x_t, y] is then a closed form: no network, and no training error.
+The exact prior is a mixture of ten Gaussians fitted to the training digits, one a class; the view y is the 2 x 2 block
+average plus noise, blown up again. E[x0 | x_t, y] is then a closed form: no network, and no training error. A trained
+network is a small MLP of (x_t, t, y), three seeds at once.
 """
 
+import itertools
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 import jdiff
 from jdiff import anchored, data, metrics, process, solvers, times
@@ -35,34 +38,41 @@ def view(x0: np.ndarray, seed: int) -> np.ndarray:
     return low @ (4.0 * POOL)
 
 
-def posterior() -> dict[str, np.ndarray]:
-    """x0 | y is sum_k w_k(y) N(m_k(y), C_k): m affine in y, log w quadratic, C in its eigenbasis."""
-    images, labels = digits("train")
+def posterior(
+    images: np.ndarray | None = None, labels: np.ndarray | None = None, see: np.ndarray = POOL, noise: float = NOISE
+) -> dict[str, np.ndarray]:
+    """x0 | y is sum_k w_k(y) N(m_k(y), C_k): m affine in y, log w quadratic, C in its eigenbasis.
+
+    The view is see x0 + noise, and y is it blown up, its rows in `see`'s span; by default the digits' blocks.
+    """
+    if images is None or labels is None:
+        images, labels = digits("train")
+    size = images.shape[1]
     each: dict[str, list[Any]] = {name: [] for name in ("shift", "slope", "values", "vectors", "centre", "root")}
-    for k in range(10):
+    for k in np.unique(labels):
         mine = images[labels == k]
-        prior = np.linalg.inv(np.cov(mine.T) + 0.03 * np.eye(64))  # the ridge keeps flat pixels alive
-        values, vectors = np.linalg.eigh(prior + POOL.T @ POOL / NOISE**2)
+        prior = np.linalg.inv(np.cov(mine.T) + 0.03 * np.eye(size))  # the ridge keeps flat pixels alive
+        values, vectors = np.linalg.eigh(prior + see.T @ see / noise**2)
         cov = (vectors / values) @ vectors.T
-        seen = POOL @ np.linalg.inv(prior) @ POOL.T + NOISE**2 * np.eye(16)
+        seen = see @ np.linalg.inv(prior) @ see.T + noise**2 * np.eye(len(see))
         each["shift"].append(cov @ prior @ mine.mean(0))
-        each["slope"].append(cov @ POOL.T / NOISE**2)
+        each["slope"].append(cov @ see.T / noise**2)
         each["values"].append(1 / values)
         each["vectors"].append(vectors)
-        each["centre"].append(POOL @ mine.mean(0))
+        each["centre"].append(see @ mine.mean(0))
         each["root"].append(np.linalg.inv(np.linalg.cholesky(seen)))
-    return {name: np.stack(v) for name, v in each.items()}
+    return {name: np.stack(v) for name, v in each.items()} | {"see": see}
 
 
-def network(p: process.Process, arrays: dict[str, jax.Array], x: jax.Array, t: Any, y: jax.Array) -> jax.Array:
+def network(A: anchored.Anchored, arrays: dict[str, jax.Array], x: jax.Array, t: Any, y: jax.Array) -> jax.Array:
     """E[x0 | x_t, y] from the unshifted x_t, as a trained restoration network gives it."""
-    low = y @ jnp.asarray(POOL.T, x.dtype)
+    low = y @ jnp.asarray(arrays["see"].T, x.dtype)
     m = arrays["shift"] + jnp.einsum("kij,nj->nki", arrays["slope"], low)
     whitened = jnp.einsum("kij,nkj->nki", arrays["root"], low[:, None] - arrays["centre"])
     log_w = jnp.sum(jnp.log(jnp.diagonal(arrays["root"], axis1=1, axis2=2)), -1) - 0.5 * jnp.sum(whitened**2, -1)
-    a, s = p.alpha(t), p.sigma(t)
-    z = jnp.einsum("kij,nki->nkj", arrays["vectors"], (x - (1.0 - a) * y)[:, None] - a * m)
-    var = a * a * arrays["values"] + s * s
+    a, s, b = A.process.alpha(t), A.process.sigma(t), A.b(A.process, t)
+    z = jnp.einsum("kij,nki->nkj", arrays["vectors"], (x - b * y)[:, None] - a * m)
+    var = jnp.maximum(a * a * arrays["values"] + s * s, 1e-9)  # a bridge ends without noise
     r = jax.nn.softmax(log_w - 0.5 * jnp.sum(z * z / var + jnp.log(var), -1), -1)
     each = m + jnp.einsum("kij,nkj->nki", arrays["vectors"], a * arrays["values"] / var * z)
     return jnp.einsum("nk,nki->ni", r, each)
@@ -72,7 +82,64 @@ def model(theta: str = "cosine", sigma_inf: float = 0.5) -> tuple[anchored.Ancho
     """The mean-reverting process and the exact network of it (a function of x, t, y)."""
     mr = anchored.Anchored(process.mean_reverting(theta, sigma_inf))
     arrays = {k: jnp.asarray(v, jnp.float32) for k, v in posterior().items()}
-    return mr, jax.tree_util.Partial(partial(network, mr.process), arrays)
+    return mr, jax.tree_util.Partial(partial(network, mr), arrays)
+
+
+# A trained network --------------------------------------------------------------------------------------------------
+
+SEEDS = 3
+
+
+def mlp(p: process.Process, params: list[Any], x: jax.Array, t: Any, y: jax.Array) -> jax.Array:
+    """y plus a function of (x_t, y, log-SNR): an x0 prediction. x and y (batch, d); t a number or (batch, 1)."""
+    a, s = p.alpha(t), p.sigma(t)
+    level = jnp.broadcast_to(jnp.arctan2(s, jnp.maximum(a, 0.0)), (len(x), 1))
+    waves = [f(k * level) for k in (1.0, 2.0, 4.0, 8.0) for f in (jnp.sin, jnp.cos)]
+    h = jnp.concatenate([x / jnp.sqrt(1.0 + s * s), y, *waves], 1)
+    for w, c in params[:-1]:
+        h = jax.nn.gelu(h @ w + c)
+    w, c = params[-1]
+    return y + h @ w + c
+
+
+@partial(jax.jit, static_argnames=("A", "pairs", "steps", "width"))
+def trained(A: anchored.Anchored, pairs: Any, data: Any, steps: int, width: int = 192) -> list[Any]:
+    """Parameters of SEEDS networks, stacked: mean squared error of x0, t uniform, Adam, cosine decay from 2e-3.
+
+    pairs(data, key) -> (x0, y), a fresh batch of training pairs.
+    """
+    p, d = A.process, jax.eval_shape(pairs, data, jax.random.key(0))[0].shape[1]
+    sizes = [2 * d + 8, width, width, d]
+
+    def loss(params: Any, key: Any) -> jax.Array:
+        draw, time, noise = jax.random.split(key, 3)
+        x0, y = pairs(data, draw)
+        t = p.t_max * (1.0 - jax.random.uniform(time, (len(x0), 1)))
+        x = p.alpha(t) * x0 + A.b(p, t) * y + p.sigma(t) * jax.random.normal(noise, x0.shape)
+        return jnp.mean((mlp(p, params, x, t, y) - x0) ** 2)
+
+    tx = optax.adam(optax.cosine_decay_schedule(2e-3, steps))
+
+    def train(seed: Any) -> list[Any]:
+        key = jax.random.key(seed)
+        params = [
+            (jax.random.normal(jax.random.fold_in(key, i), (m, n)) * (1.0 if i < 2 else 0.1) / m**0.5, jnp.zeros(n))
+            for i, (m, n) in enumerate(itertools.pairwise(sizes))
+        ]
+
+        def step(state: Any, k: Any) -> tuple[Any, None]:
+            params, opt = state
+            updates, opt = tx.update(jax.grad(loss)(params, jax.random.fold_in(key, 10 + k)), opt)
+            return (optax.apply_updates(params, updates), opt), None
+
+        return jax.lax.scan(step, (params, tx.init(params)), jnp.arange(steps))[0][0]
+
+    return jax.vmap(train)(jnp.arange(SEEDS))
+
+
+def restored(A: anchored.Anchored, fn: Any, params: Any, tableau: Any, y: jax.Array, key: Any) -> jax.Array:
+    """Samples (n, d) from the published start; fn(params, x, t, y) predicts x0 from the unshifted state."""
+    return jdiff.sample(A.denoiser(fn, "x0", y, params=params), tableau, A.prior(key, y), jax.random.fold_in(key, 1))
 
 
 @dataclass(frozen=True)

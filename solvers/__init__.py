@@ -21,6 +21,7 @@ from .file import load
 from .mean_reverting import mrs
 from .momentum import ghvb, heavy_ball
 from .multistep import sa_solver, unipc
+from .residual import residual_path
 from .restart import restart
 from .reversible import bdia, ddim_inversion, edict
 from .sde import euler_maruyama, predictor_corrector, reverse_diffusion
@@ -90,6 +91,6 @@ def parse(text: str) -> Solver:
 __all__ = [
     "ALL", "Decision", "Solver", "auto", "bdia", "dc_solver", "ddim", "ddim_inversion", "ddpm", "deis", "dpm_solver",
     "dpm_solver_pp", "dpm_solver_v3", "edict", "edm_stochastic", "euler", "euler_maruyama", "get", "ghvb",
-    "heavy_ball", "heun", "load", "mrs", "parse", "pndm", "predictor_corrector", "restart", "reverse_diffusion",
-    "sa_solver", "schedule", "sit", "sit_times", "unipc", "unknown",
+    "heavy_ball", "heun", "load", "mrs", "parse", "pndm", "predictor_corrector", "residual_path", "restart",
+    "reverse_diffusion", "sa_solver", "schedule", "sit", "sit_times", "unipc", "unknown",
 ]  # fmt: skip

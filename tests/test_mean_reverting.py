@@ -248,7 +248,7 @@ def test_the_experiments_exact_network():
     w = np.exp(np.array(log_w) - np.max(log_w, 0))
     want = np.einsum("kn,kni->ni", w / w.sum(0), np.array(means))
     arrays = {k: jnp.asarray(v) for k, v in _restoration.posterior().items()}
-    got = _restoration.network(p, arrays, jnp.asarray(x), jnp.asarray(t), jnp.asarray(y))
+    got = _restoration.network(anchored.Anchored(p), arrays, jnp.asarray(x), jnp.asarray(t), jnp.asarray(y))
     np.testing.assert_allclose(got, want, atol=1e-8)
 
 

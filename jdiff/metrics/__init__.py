@@ -14,6 +14,7 @@ from .moments import Moments, frechet_distance
 from .neighbours import precision_recall
 from .result import Result
 from .score import embed, evaluate
+from .sdr import si_sdr
 from .sliced import sliced_wasserstein
 
 __all__ = [
@@ -29,5 +30,6 @@ __all__ = [
     "kernel_distance",
     "precision_recall",
     "rbf",
+    "si_sdr",
     "sliced_wasserstein",
 ]

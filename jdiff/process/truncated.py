@@ -73,24 +73,27 @@ class Relay(_Truncated):
         return self.base.t_of_lam(xp_of(lam).logaddexp(lam, np.log(self.rate).astype(lam.dtype)))
 
 
-def resfusion(steps: int = 12, beta_min: float = 1e-4, beta_max: float = 0.02) -> Process:
+def resfusion(steps: int = 12, schedule: str = "linear") -> Process:
     """Resfusion (Shi et al. 2024, arXiv 2311.14900) up to its acceleration point, where sqrt(alpha_bar) = 1/2.
 
     There x = y / 2 + sqrt(3/4) eps needs no x0: sampling starts there, 5 levels of the default 12. Beyond it alpha
-    would be negative. The betas are DDPM's linear ones times 1000 / steps; t = i / n over the n levels that are left,
-    and the network's index is n t - 1. The last level is moved to sqrt(alpha_bar) = 1/2 exactly, the paper's truncated
-    schedule; the official code leaves it where it is within 0.01 of that, and then starts off by (2 A - 1) (x0 - y).
+    would be negative. schedule: DDPM's "linear" betas times 1000 / steps, or Nichol and Dhariwal's "cosine". t = i / n
+    over the n levels that are left, and the network's index is n t - 1. The last level is moved to sqrt(alpha_bar) =
+    1/2 exactly, the paper's truncated schedule; the official code leaves it where it is within 0.01 of that, and then
+    starts off by (2 A - 1) (x0 - y).
     """
-    if int(steps) != steps or steps < 2 or not 0 < beta_min < beta_max:
-        raise ValueError(
-            f"resfusion: expected whole steps >= 2, 0 < beta_min < beta_max; got {steps=}, {beta_min=}, {beta_max=}"
-        )
-    betas = 1000.0 / steps * np.linspace(beta_min, beta_max, int(steps))
-    bars = np.cumprod(1.0 - betas)
-    n = int(np.argmax(bars <= 0.25))  # betas beyond it are not used: the last of 12 are above 1
-    if n < 1:
-        raise ValueError(f"resfusion: sqrt(alpha_bar) must pass 1/2 after the first level; got {np.sqrt(np.abs(bars))}")
-    betas = np.append(betas[:n], 1.0 - 0.25 / bars[n - 1])
+    if int(steps) != steps or steps < 2:
+        raise ValueError(f"resfusion: steps is {steps}; expected a whole number, at least 2")
+    if schedule not in ("linear", "cosine"):
+        raise ValueError(f"resfusion: schedule is {schedule!r}; expected 'linear' or 'cosine'")
+    square = lambda i: np.cos((i / steps + 0.008) / 1.008 * np.pi / 2) ** 2
+    if schedule == "cosine":
+        bars = square(np.arange(1, steps + 1)) / square(0)
+    else:
+        bars = np.cumprod(1.0 - 1000.0 / steps * np.linspace(1e-4, 0.02, int(steps)))
+    n = int(np.argmax(bars <= 0.25))  # what is beyond is not used: of 12 linear betas the last are above 1
+    bars = np.concatenate([[1.0], bars[:n], [0.25]])
+    betas = 1.0 - bars[1:] / bars[:-1]
     return Resfusion(1.0 / len(betas), 1.0, VPDiscrete(1.0 / len(betas), 1.0, tuple(betas.tolist())))
 
 

@@ -1,1 +1,4 @@
-"""Small seeded data sets with known answers: graphs, point sets. NumPy on the host; nothing is downloaded."""
+"""Small seeded data sets with known answers: graphs, point sets, chirps in noise, restoration pairs.
+
+NumPy on the host; nothing is downloaded.
+"""
