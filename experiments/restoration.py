@@ -139,8 +139,9 @@ def cell(context: Context, row: str, n: int) -> dict[str, Any]:
     reference = c.features(c.x0)
     psnr = [20 * np.log10(2 / np.sqrt(np.mean((np.clip(s, -1, 1) - c.x0) ** 2))) for s in samples]
     far = [score(c.features(s), reference)["Fréchet distance"] for s in samples]
-    error = {"PSNR se": float(np.std(psnr, ddof=1) / np.sqrt(len(psnr)))} if len(psnr) > 1 else {}
-    return {"PSNR": float(np.mean(psnr)), "Fréchet distance": float(np.mean(far)), **error, "evaluations": table.nfe}
+    error = float(np.std(psnr, ddof=1) / np.sqrt(len(psnr))) if len(psnr) > 1 else None
+    mean = {"PSNR": float(np.mean(psnr)), "Fréchet distance": float(np.mean(far))}
+    return {**mean, "PSNR se": error, "evaluations": table.nfe}
 
 
 FAR = "Fréchet distance"

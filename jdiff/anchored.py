@@ -28,7 +28,7 @@ from jdiff.denoiser import Denoiser
 from jdiff.denoiser import denoiser as lift
 from jdiff.predict import check_kind, model_time
 from jdiff.process import Mismatch, Process, Time
-from jdiff.process.base import float_, xp_of
+from jdiff.process.base import float_, interp, xp_of
 
 
 # The anchor's weight ------------------------------------------------------------------------------------------------
@@ -62,16 +62,9 @@ class Aggregated:
     weights: tuple[float, ...]
 
     def __call__(self, process: Process, t: Time) -> Any:
-        n = len(self.weights)
-        a = process.alpha(np.arange(n + 1) / n)
-        levels = np.append(0.0, a[1:] * np.cumsum(np.asarray(self.weights) / a[:-1]))
-        t = float_(t)
-        at = np.arange(n + 1) / n
-        return (
-            np.interp(t, at, levels)
-            if xp_of(t) is np
-            else jnp.interp(t, *(jnp.asarray(v, t.dtype) for v in (at, levels)))
-        )
+        at = np.arange(len(self.weights) + 1) / len(self.weights)
+        a = process.alpha(at)
+        return interp(float_(t), at, np.append(0.0, a[1:] * np.cumsum(np.asarray(self.weights) / a[:-1])))
 
 
 # The process --------------------------------------------------------------------------------------------------------
@@ -120,8 +113,7 @@ class Anchored:
     def prior(self, key: Array, y: PyTree, index: Array | None = None, scale: PyTree | None = None) -> PyTree:
         """The published start (guess a + b) y + prior_std z, z standard normal, in shifted form: like y, batch first.
 
-        `mismatch` says how far that is from the true law there: for mean reversion (a = 0.005) a (y - x0) in the mean
-        and 1.3e-5 of the standard deviation, for SGMSE+ 22 % of y - x0, for ResShift 2 %.
+        `mismatch` says how far that is from the true law: for SGMSE+ 22 % of y - x0 in the mean, for ResShift 2 %.
         """
         a, z = self.guess * float(self.process.alpha(self.process.t_max)), self.process.noise(key, y, index)
         scaled = y if scale is None else jax.tree.map(jnp.divide, y, scale)

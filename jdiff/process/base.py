@@ -24,6 +24,13 @@ def float_(t: Time) -> Any:
     return t if isinstance(t, jax.Array) else np.asarray(t, np.float64)
 
 
+def interp(t: Time, at: np.ndarray, values: np.ndarray) -> Any:
+    """`values` at the rising times `at`, straight between them, at time t (after `float_`)."""
+    return (
+        np.interp(t, at, values) if xp_of(t) is np else jnp.interp(t, *(jnp.asarray(v, t.dtype) for v in (at, values)))
+    )
+
+
 def reciprocal(x: Any) -> Any:
     """1 / x, and 0 where x is 0."""
     xp = xp_of(x)

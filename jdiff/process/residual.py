@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from .base import Process, Time, float_, xp_of
+from .base import Process, Time, float_, interp, xp_of
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,7 @@ class Residual(Process):
             slopes = np.diff(tables[table]) / np.diff(tables[0])
             i = xp.clip(xp.ceil(t * len(slopes)).astype(int) - 1, 0, len(slopes) - 1)
             return slopes[i] if xp is np else jnp.asarray(slopes, t.dtype)[i]
-        times, values = tables[0], tables[table]
-        return (
-            np.interp(t, times, values)
-            if xp is np
-            else jnp.interp(t, *(jnp.asarray(v, t.dtype) for v in (times, values)))
-        )
+        return interp(t, tables[0], tables[table])
 
     def alpha(self, t: Time) -> Any:
         return self._at(1, t)
