@@ -1,0 +1,117 @@
+"""Digits as 16 tokens, 16 codes of 2 x 2 patches found by k-means; a small transformer over them; scores of samples."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from einops import rearrange
+from flax import nnx
+
+from jdiff import data, metrics
+from jdiff.nets import dit, layers
+
+CODES, LENGTH = 16, 16
+
+
+@functools.cache
+def codebook() -> np.ndarray:
+    """(16, 4) float32: Lloyd's k-means of the train half's patches, 40 turns from 16 random distinct ones."""
+    patches = _patches(images("train")).reshape(-1, 4)
+    centres = np.random.default_rng(0).choice(np.unique(patches, axis=0), CODES, replace=False)
+    for _ in range(40):
+        nearest = ((patches[:, None] - centres) ** 2).sum(-1).argmin(1)
+        centres = np.stack([patches[nearest == k].mean(0) for k in range(CODES)])
+    return centres.astype(np.float32)
+
+
+def images(split: str) -> np.ndarray:
+    """(n, 8, 8, 1) float32 in [-1, 1]."""
+    half = data.load("digits", split=split)
+    return np.asarray(half.take(np.arange(len(half)))["image"])
+
+
+def _patches(x: np.ndarray) -> np.ndarray:
+    return rearrange(x, "n (h p) (w q) 1 -> n (h w) (p q)", p=2, q=2)
+
+
+def encode(x: np.ndarray) -> np.ndarray:
+    """Images -> tokens (n, 16) int32."""
+    return ((_patches(x)[:, :, None] - codebook()) ** 2).sum(-1).argmin(-1).astype(np.int32)
+
+
+def decode(tokens: np.ndarray) -> np.ndarray:
+    """Tokens -> images."""
+    return rearrange(codebook()[tokens], "n (h w) (p q) -> n (h p) (w q) 1", h=4, p=2)
+
+
+@functools.cache
+def _features(split: str, decoded: bool) -> np.ndarray:
+    x = images(split)
+    return metrics.embed(metrics.digit_features(), decode(encode(x)) if decoded else x)
+
+
+def score(tokens: np.ndarray) -> dict[str, float]:
+    """Fréchet distance of decoded samples to the held-out digits coded and decoded; `floor`: of the train half."""
+    moments = lambda f: metrics.Moments.init(f.shape[1]).update(jnp.asarray(f))
+    distance = lambda f: metrics.frechet_distance(moments(f), moments(_features("test", True))).value
+    found = metrics.embed(metrics.digit_features(), decode(np.asarray(tokens)))
+    return {"Fréchet distance": distance(found), "floor": distance(_features("train", True))}
+
+
+class TokenNet(nnx.Module):
+    """Logits (b, 16, 16) of the clean tokens, from tokens in 0 .. 16 and a time that broadcasts against them."""
+
+    def __init__(self, width: int = 64, depth: int = 3, *, rngs: nnx.Rngs):
+        options: dict[str, Any] = {"dtype": jnp.float32, "param_dtype": jnp.float32, "rngs": rngs}
+        table = lambda rows: nnx.Param(0.02 * jax.random.normal(rngs.params(), (rows, width), jnp.float32))
+        self.codes, self.places = table(CODES + 1), table(LENGTH)
+        self.time = layers.Conditioning(
+            64, width, 0, False, time_scale=1000.0, label_std=0.02, param_dtype=jnp.float32, rngs=rngs
+        )
+        self.blocks = nnx.List([dit.Block(width, 4, 4.0, **options) for _ in range(depth)])
+        self.out = layers.Linear(width, CODES, kernel_init=layers.zeros, **options)
+
+    def __call__(self, x: jax.Array, t: jax.Array) -> jax.Array:
+        t = jnp.asarray(t, jnp.float32)
+        h = self.codes[...][x] + self.places[...]
+        c = self.time(jnp.broadcast_to(t, jnp.broadcast_shapes(t.shape, (1, 1))), None)
+        for block in self.blocks:
+            h = block(h, c)
+        return self.out(layers.layer_norm(h))
+
+
+Network = Callable[[Any, Any], Any]
+
+
+def trained(make_loss: Callable[..., Any], steps: int, seed: int) -> tuple[Network, float]:
+    """(network, mean loss of the last tenth): Adam, cosine rate from 2e-3, moving average of the parameters.
+
+    make_loss(apply) -> a loss of `jdiff.discrete`, apply(params, x, t) -> logits. Batches of 64 of 898 digits.
+    """
+    graph, params = nnx.split(TokenNet(rngs=nnx.Rngs(seed)))
+    loss = make_loss(lambda params, x, t: nnx.merge(graph, params)(x, t))
+    optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(optax.cosine_decay_schedule(2e-3, steps)))
+    digits = jnp.asarray(encode(images("train")))
+
+    @jax.jit
+    def run(params: Any, key: jax.Array) -> Any:
+        def step(carry: Any, key: jax.Array) -> tuple[Any, jax.Array]:
+            params, average, state = carry
+            batch = digits[jax.random.choice(key, len(digits), (64,), replace=False)]
+            value, slope = jax.value_and_grad(lambda p: loss(p, key, batch).mean())(params)
+            change, state = optimiser.update(slope, state)
+            params = optax.apply_updates(params, change)
+            average = jax.tree.map(lambda a, p: 0.99 * a + 0.01 * p, average, params)
+            return (params, average, state), value
+
+        (_, average, _), values = jax.lax.scan(
+            step, (params, params, optimiser.init(params)), jax.random.split(key, steps)
+        )
+        return average, values[-steps // 10 :].mean()
+
+    average, value = run(params, jax.random.key(seed))
+    return lambda x, t: nnx.merge(graph, average)(x, t), float(value)
