@@ -165,8 +165,8 @@ def finish(context: Context, cells: Mapping[tuple[str, Any], reproduce.Cell], ou
     expected = float(-(law[23][3] * np.log(ZIPF)).sum())
     return [
         f"Means over {context.settings.seeds} seed(s) of training and noise; of more than one, with a standard error. "
-        "Scores as in vq-diffusion. Evaluations / evaluations that follow a change of tokens (a time-free network need not repeat "
-        "the others), a sample:", "", *reproduce.grid(["sampler", *map(str, NFE)], used),
+        "Scores as in vq-diffusion. Evaluations / evaluations that follow a change of tokens (a time-free network need "
+        "not repeat the others), a sample:", "", *reproduce.grid(["sampler", *map(str, NFE)], used),
         "", "## Claims", "", *(claim.line(e) for claim in CLAIMS),
         "", "## Categorical draws", "",
         "One token of 1000 classes, p_k ~ 1 / k, sampled in N steps by the Gumbel trick with [MASK] among the classes: "
