@@ -150,7 +150,7 @@ def finish(context: Context, cells: Mapping[tuple[str, Any], reproduce.Cell], ou
         f"Means over {context.settings.seeds} seed(s) of training and noise; of more than one, with a standard error. "
         "Features of the 32-dimensional digits classifier; reference: the held-out half, coded and decoded by the "
         "same 16 codes; `floor` is that of the train half. M2DM's F: 0.3 by entropy of a place in the train half, high "
-        "entropy first (early) or last (late) in sampling; its own importance, from text and motion, was not available.",
+        "entropy first (early) or last (late) in sampling; its own importance, from text and motion, was not at hand.",
         "", "Share of masks that the last step has to fill:", "",
         *reproduce.grid(["stride", *map(str, SKIP)], shares),
         "", "## Claims", "", *(claim.line(e) for claim in CLAIMS),
