@@ -140,10 +140,10 @@ def test_categorical_and_exponential_laws():
     p = 1.0 / np.arange(1, 41) ** 2
     p /= p.sum()
     log_p = jnp.log(jnp.asarray([*p, 0.0], jnp.float32))
-    x = discrete.categorical(jax.random.key(0), jnp.broadcast_to(log_p, (200_000, 41)))
+    x = discrete.categorical(jax.random.key(0), jnp.broadcast_to(log_p, (60_000, 41)))
     counts = np.bincount(np.asarray(x), minlength=41)
     assert counts[40] == 0
-    assert scipy.stats.chisquare(counts[:40], 200_000 * p).pvalue > 1e-3
+    assert scipy.stats.chisquare(counts[:40], 60_000 * p).pvalue > 1e-3
     e = np.asarray(discrete.exponential(jax.random.key(1), (100_000,)))
     assert scipy.stats.kstest(e, "expon").pvalue > 1e-3
 
@@ -318,7 +318,7 @@ def test_block_by_block():
     np.testing.assert_array_equal((np.asarray(info.x) != MASK).all(1), np.tri(3, k=-1, dtype=bool))  # left to right
     x, evaluations = run("confident", 3, 3)
     assert pvalue(x) < 1e-10
-    quick = run("confident", 3, 3, threshold=0.5)[1]
+    quick = run("confident", 3, 3, threshold=0.25)[1]
     assert quick.mean() < 2.5 < evaluations.mean() == 3
 
 

@@ -1,4 +1,4 @@
-"""Small seeded data sets with known answers: graphs, point sets, chirps in noise, restoration pairs.
+"""Small seeded data sets with known answers: graphs, point sets, chirps in noise, restoration pairs, tokens.
 
 NumPy on the host; nothing is downloaded.
 """
