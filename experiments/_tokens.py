@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -87,8 +88,8 @@ class TokenNet(nnx.Module):
 Network = Callable[[Any, Any], Any]
 
 
-def trained(make_loss: Callable[..., Any], steps: int, seed: int) -> tuple[Network, float]:
-    """(network, mean loss of the last tenth): Adam, cosine rate from 2e-3, moving average of the parameters.
+def trained(make_loss: Callable[..., Any], steps: int, seed: int, file: Path) -> Network:
+    """Adam, cosine rate from 2e-3, moving average of the parameters; kept in `file` (.npz), and read where it is there.
 
     make_loss(apply) -> a loss of `jdiff.discrete`, apply(params, x, t) -> logits. Batches of 64 of 898 digits.
     """
@@ -99,19 +100,24 @@ def trained(make_loss: Callable[..., Any], steps: int, seed: int) -> tuple[Netwo
 
     @jax.jit
     def run(params: Any, key: jax.Array) -> Any:
-        def step(carry: Any, key: jax.Array) -> tuple[Any, jax.Array]:
+        def step(carry: Any, key: jax.Array) -> tuple[Any, None]:
             params, average, state = carry
             batch = digits[jax.random.choice(key, len(digits), (64,), replace=False)]
-            value, slope = jax.value_and_grad(lambda p: loss(p, key, batch).mean())(params)
+            slope = jax.grad(lambda p: loss(p, key, batch).mean())(params)
             change, state = optimiser.update(slope, state)
             params = optax.apply_updates(params, change)
             average = jax.tree.map(lambda a, p: 0.99 * a + 0.01 * p, average, params)
-            return (params, average, state), value
+            return (params, average, state), None
 
-        (_, average, _), values = jax.lax.scan(
-            step, (params, params, optimiser.init(params)), jax.random.split(key, steps)
+        carry = (params, params, optimiser.init(params))
+        return jax.lax.scan(step, carry, jax.random.split(key, steps))[0][1]
+
+    if not file.exists():
+        with open(file.with_suffix(".part"), "wb") as part:
+            np.savez(part, *map(np.asarray, jax.tree.leaves(run(params, jax.random.key(seed)))))
+        file.with_suffix(".part").replace(file)
+    with np.load(file) as kept:
+        average = jax.tree.unflatten(
+            jax.tree.structure(params), [jnp.asarray(kept[f"arr_{i}"]) for i in range(len(kept))]
         )
-        return average, values[-steps // 10 :].mean()
-
-    average, value = run(params, jax.random.key(seed))
-    return lambda x, t: nnx.merge(graph, average)(x, t), float(value)
+    return lambda x, t: nnx.merge(graph, average)(x, t)
