@@ -20,6 +20,7 @@ from flax import nnx
 import jdiff
 from jdiff import data, fields, metrics, reproduce
 from jdiff.experiments._claims import Claim
+from jdiff.experiments._kept import kept
 from jdiff.experiments.fast_sampling import score
 from jdiff.nets.layers import sinusoids
 from jdiff.reproduce import Published, Table
@@ -39,8 +40,8 @@ class Settings:
     """Options of the experiment."""
 
     out: str = "runs/drdm"  # folder of the finished cells and the report
-    n: int = 400  # held-out digits a cell
-    steps: int = 2500  # of training, batches of 64
+    n: int = 300  # held-out digits a cell
+    steps: int = 1200  # of training, batches of 64
     seed: int = 0
 
 
@@ -101,7 +102,8 @@ def prepare(settings: Settings) -> Context:
 
         return jax.lax.scan(step, (params, optimiser.init(params)), jax.random.split(key, settings.steps))[0][0]
 
-    params = run(params, jax.random.key(settings.seed))
+    key = jax.random.key(settings.seed)
+    params = kept(Path(settings.out) / "undo.npz", params, lambda: run(params, key))
     return Context(settings, images, features(images), lambda x, t: network(params, x, t))
 
 

@@ -23,6 +23,7 @@ from jdiff import graphs, losses, metrics, nets, process, reproduce, solvers, ti
 from jdiff.data.synthetic import graphs as data
 from jdiff.experiments._claims import Claim
 from jdiff.experiments._graphs import JointGaussian
+from jdiff.experiments._kept import kept
 from jdiff.process import System
 from jdiff.reproduce import Published, Table
 from jdiff.solvers import markov, splitting
@@ -107,11 +108,7 @@ def trained(name: str, joint: bool, settings: Settings) -> jdiff.Denoiser:
         return jax.lax.scan(step, carry, jax.random.split(key, steps))[0][1]
 
     file = Path(settings.out) / f"{name}-{'joint' if joint else 'independent'}.npz"
-    leaves, structure = jax.tree.flatten(params)
-    if not file.exists():
-        np.savez(file, *jax.tree.leaves(run(params, jax.random.key(settings.seed))))
-    with np.load(file) as kept:
-        params = structure.unflatten([jnp.asarray(kept[f"arr_{i}"]) for i in range(len(leaves))])
+    params = kept(file, params, lambda: run(params, jax.random.key(settings.seed)))
     return jdiff.denoiser(network, case.system, "eps", params=params)
 
 
