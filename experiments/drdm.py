@@ -41,7 +41,7 @@ class Settings:
 
     out: str = "runs/drdm"  # folder of the finished cells and the report
     n: int = 300  # held-out digits a cell
-    steps: int = 1200  # of training, batches of 64
+    steps: int = 500  # of training, batches of 64
     seed: int = 0
 
 

@@ -27,13 +27,16 @@ if TYPE_CHECKING:
     from jdiff import data as data
     from jdiff import ema as ema
     from jdiff import exposure as exposure
+    from jdiff import fields as fields
     from jdiff import fit as fit
     from jdiff import gradients as gradients
+    from jdiff import graphs as graphs
     from jdiff import guidance as guidance
     from jdiff import interpolants as interpolants
     from jdiff import losses as losses
     from jdiff import mesh as mesh
     from jdiff import metrics as metrics
+    from jdiff import multitask as multitask
     from jdiff import nets as nets
     from jdiff import ode as ode
     from jdiff import order as order
@@ -51,13 +54,16 @@ _LAZY = {
     "data",
     "ema",
     "exposure",
+    "fields",
     "fit",
     "gradients",
+    "graphs",
     "guidance",
     "interpolants",
     "losses",
     "mesh",
     "metrics",
+    "multitask",
     "nets",
     "ode",
     "order",
