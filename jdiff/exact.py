@@ -1,4 +1,4 @@
-"""Exact models: Gaussians and Gaussian mixtures, whose denoiser, densities and flows are closed forms.
+"""Exact models: Gaussians, Gaussian mixtures and (jdiff.finite) sets of points; denoiser and densities in closed form.
 
 For data sum_k w_k N(m_k, C_k) the noised law of any process is a mixture too, with means alpha m_k and covariances
 alpha^2 C_k + sigma^2 I, and the denoiser is the posterior mean. Public, for calibrating a solver, a guidance rule or
@@ -16,9 +16,12 @@ from jaxtyping import Array, Float
 
 from jdiff import noise
 from jdiff.denoiser import Denoiser, _no_carry
+from jdiff.finite import Points, points
 from jdiff.predict import model_time
 from jdiff.process import Process, Time
 from jdiff.tableau import Tableau
+
+__all__ = ["Gaussian", "Mixture", "Points", "gaussian", "mixture", "points"]
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,14 @@ class Mixture:
     eigenvectors: np.ndarray
 
     def denoiser(self, process: Process) -> Denoiser:
-        """E[x0 | x_t] as a Denoiser. t: a scalar, (batch, 1), or one a coordinate, (d,) or (batch, d)."""
+        """E[x0 | x_t] as a Denoiser. t: a scalar, (batch, 1), or one a coordinate, (d,) or (batch, d).
+
+        ValueError for a process whose noise is not Gaussian (see `points`).
+        """
+        if not process.gaussian:
+            raise ValueError(
+                f"exact: noised by {process} this is no Gaussian mixture; exact.points works with any kernel"
+            )
         return Denoiser(Partial(_no_carry), Partial(_apply, self._arrays(), Partial(_Law(process))), process, "x0")
 
     def log_density(self, process: Process, x: Float[Array, "batch d"], t: Time) -> Float[Array, " batch"]:

@@ -17,7 +17,6 @@ import numpy as np
 from jax.tree_util import Partial
 from jaxtyping import Array, Float, PyTree
 
-from jdiff import noise
 from jdiff.denoiser import Denoiser, cast_like
 from jdiff.predict import check_kind, convert, model_time, wide
 
@@ -175,7 +174,7 @@ def calibrate_noise_shift(
     p = denoiser.process
     times = np.unique(np.asarray(times, np.float64))
     x0 = jnp.asarray(x0)
-    eps = noise.normal(key, x0)
+    eps = p.kernel(key, x0)
     ask = Partial(_Ask(check_kind(denoiser.prediction if keep is None else keep)))
     losses = jax.jit(_losses)
     highest = float(p.lam(np.array(p.t_min)))

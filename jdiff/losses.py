@@ -186,7 +186,7 @@ def denoising_loss(
         if len(ranks := {leaf.ndim for leaf in leaves}) > 1:
             raise ValueError(f"the sample's arrays have {sorted(ranks)} axes; one time a sample needs the same number")
         t = times.reshape(n, *[1] * (leaves[0].ndim - 1))
-        eps = process.noise(noise_key, x0, index)
+        eps = process.kernel(noise_key, x0, index)
         x = process.mix(x0, eps, t)
         if y is not None and label_dropout and null_label is not None:
             y = drop_labels(label_key, y, label_dropout, null_label, index)

@@ -5,6 +5,8 @@ So the same sample comes out whatever the batch it is drawn in and however the b
 last digit of the normal made of them may be rounded otherwise where XLA compiles for another shape.)
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Integer, PyTree
@@ -20,7 +22,11 @@ def normal(key: Array, like: PyTree, index: Integer[Array, " batch"] | None = No
     return structure.unflatten([_rows(jax.random.fold_in(key, j), leaf, index) for j, leaf in enumerate(leaves)])
 
 
+def each(key: Array, n: int, index: Integer[Array, " batch"] | None, draw: Callable[[Array], Array]) -> Array:
+    """draw(fold_in(key, index[i])) for each of n samples, stacked; `index` as in `normal`."""
+    index = jnp.arange(n, dtype=jnp.uint32) if index is None else index.astype(jnp.uint32)
+    return jax.vmap(lambda i: draw(jax.random.fold_in(key, i)))(index)
+
+
 def _rows(key: Array, leaf, index) -> Array:
-    index = jnp.arange(leaf.shape[0], dtype=jnp.uint32) if index is None else index.astype(jnp.uint32)
-    draw = lambda i: jax.random.normal(jax.random.fold_in(key, i), leaf.shape[1:], leaf.dtype)
-    return jax.vmap(draw)(index)
+    return each(key, leaf.shape[0], index, lambda k: jax.random.normal(k, leaf.shape[1:], leaf.dtype))

@@ -74,7 +74,7 @@ def convert(process: Process, x: PyTree, t: Time, out: PyTree, source: str, targ
     """`out`, a prediction of kind `source` made at (x, t), as kind `target`.
 
     x and out are alike: arrays, pytrees of arrays, or the linear symbols of `jdiff.trace`. t broadcasts against
-    every leaf. Raises ValueError for an unknown kind, and for a score of (or from) the velocity of a transport.
+    every leaf. Raises ValueError for an unknown kind, and for a score where the noise is not Gaussian.
     """
     check_kind(source)
     check_kind(target)
@@ -82,8 +82,8 @@ def convert(process: Process, x: PyTree, t: Time, out: PyTree, source: str, targ
         return out
     if not process.gaussian and "score" in (source, target):
         raise ValueError(
-            f"no conversion from {source} to {target} on {process}: between two arbitrary densities the velocity does "
-            "not give the score; learn both, and see jdiff.interpolants.stochastic"
+            f"no conversion from {source} to {target} on {process}: without Gaussian noise the velocity does not give "
+            "the score; between two densities learn both (jdiff.interpolants.stochastic)"
         )
 
     def leaf(process: Process, x: Any, out: Any) -> Any:

@@ -175,8 +175,8 @@ class Solver:
             return stack([each[tuple(c)] for c in columns], times.shape[1:])
         if self.stochastic and not process.gaussian:
             raise ValueError(
-                f"{self.name} adds the noise of alpha x0 + sigma eps, and {process} is no such process; take a "
-                "deterministic solver, or jdiff.interpolants.stochastic"
+                f"{self.name} adds the noise of alpha x0 + sigma eps with a Gaussian eps, and {process} is no such "
+                "process; take a deterministic solver, or jdiff.interpolants.stochastic"
             )
         g = grid(process, times)
         if g.n < self.min_steps:

@@ -17,6 +17,7 @@ PROCESSES = {
     "flow": process.flow(),
     "ve": process.ve(),
     "subvp": process.subvp(),
+    "pfgmpp": process.pfgmpp(16.0),
 }
 each = pytest.mark.parametrize("p", PROCESSES.values(), ids=PROCESSES)
 

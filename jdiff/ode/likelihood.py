@@ -30,7 +30,7 @@ def log_likelihood(
                 random vectors a sample ("rademacher" or "gaussian"), fixed along the path; needs key
     start       the time at which x0 is taken to be a draw. 0 is exact; the official score_sde takes 1e-5 with x0 as
                 it is, and so does a network here that is not to be asked below t_min: start=process.t_min
-    prior       log-density of x_T, (batch, ...) -> (batch,); default the process's N(0, prior_std^2)
+    prior       log-density of x_T, (batch, ...) -> (batch,); default the process's own, N(0, prior_std^2)
     index       as in `jdiff.sample`: sample i's probes depend on key and index[i] alone
 
     Returns (log p, its standard error over probes, Info); the error is NaN for one probe and 0 for "exact". info.nfe
@@ -55,8 +55,7 @@ def log_likelihood(
         denoiser, x0, p.t_max, start, variable, solver, rtol, atol, per_sample, max_steps, probes=e, forward=True
     )
     if prior is None:
-        flat = x.reshape(len(x), -1) / p.prior_std
-        log_p = -0.5 * jnp.sum(flat**2, -1) - d * (0.5 * np.log(2 * np.pi) + np.log(p.prior_std))
+        log_p = p.log_kernel(jnp.sum((x.reshape(len(x), -1) / p.prior_std) ** 2, -1), d) - d * np.log(p.prior_std)
     else:
         log_p = prior(x)
     change = d * np.log(scale(p, variable, p.t_max) / scale(p, variable, start))

@@ -1,4 +1,4 @@
-"""A process is two functions of time: x_t = alpha(t) x0 + sigma(t) eps, with eps standard normal.
+"""A process is two functions of time: x_t = alpha(t) x0 + sigma(t) eps, eps standard normal (`pfgmpp`: Student's t).
 
 Everything else follows from alpha and sigma: the half log-SNR lam = log(alpha / sigma), the forward SDE
 dx = f(t) x dt + g(t) dW, the probability-flow ODE, and the conversions in `jdiff.predict`.
@@ -15,6 +15,7 @@ Own processes: subclass `Process`, give `alpha`, `sigma`, `dalpha`, `dsigma` and
 
 from .base import Mismatch, Posterior, Process, Time
 from .bridge import BBED, OUVE, Bridge, bbed, brownian_bridge, ouve, sb_ve
+from .pfgm import PFGMPP, pfgmpp
 from .residual import Residual, rddm, resshift, tabulated
 from .reverting import MeanReverting, mean_reverting
 from .score_sde import VE, SubVP, subvp, ve
@@ -30,6 +31,7 @@ ALL = {
     "vp_discrete": vp_discrete,
     "trigonometric": trigonometric,
     "edm": edm,
+    "pfgmpp": pfgmpp,
     "flow": flow,
     "mean_reverting": mean_reverting,
     "ve": ve,
@@ -49,6 +51,7 @@ __all__ = [
     "BBED",
     "EDM",
     "OUVE",
+    "PFGMPP",
     "VE",
     "Bridge",
     "Flow",
@@ -73,6 +76,7 @@ __all__ = [
     "flow",
     "mean_reverting",
     "ouve",
+    "pfgmpp",
     "rddm",
     "relay",
     "resfusion",

@@ -1,5 +1,6 @@
 """The base of all processes, and the helpers that let one source run on the host and under a trace."""
 
+import math
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -59,9 +60,7 @@ class Process:
 
     t_min: float
     t_max: float
-    gaussian = (
-        True  # x_t is alpha x0 + sigma eps; False: a transport, of which solvers may integrate the velocity alone
-    )
+    gaussian = True  # x_t is alpha x0 + sigma eps, eps standard normal; False: deterministic solvers, no score
 
     def alpha(self, t: Time) -> Any:
         """Signal scale at time t, shaped like t."""
@@ -116,7 +115,7 @@ class Process:
         """ValueError for a sample that this process cannot have; values that are being traced are not looked at."""
 
     def noise(self, key: Array, like: PyTree, index: Array | None = None) -> PyTree:
-        """The standard noise eps, shaped like `like`, in the kernel, the prior, the losses and SDE solvers' steps."""
+        """Standard normal noise, shaped like `like`: that of SDE solvers' steps, and of `kernel` unless said."""
         return noise.normal(key, like, index)
 
     def spread(self, t: Time) -> Any:
@@ -146,6 +145,14 @@ class Process:
         """How far `prior` is from the law at t_max, which has mean alpha x0 and standard deviation sigma."""
         return Mismatch(-float(self.alpha(self.t_max)), 0.0, self.prior_std - float(self.sigma(self.t_max)))
 
+    def kernel(self, key: Array, like: PyTree, index: Array | None = None) -> PyTree:
+        """eps of x_t = alpha x0 + sigma eps, shaped like `like`: in `diffuse`, the prior and the losses."""
+        return self.noise(key, like, index)
+
+    def log_kernel(self, square: Any, n: int) -> Any:
+        """Log-density of `kernel` in n dimensions where |eps|^2 is `square`."""
+        return -0.5 * square - 0.5 * n * math.log(2.0 * math.pi)
+
     def mix(self, x0: PyTree, eps: PyTree, t: Time) -> PyTree:
         """alpha(t) x0 + sigma(t) eps, leaf by leaf."""
         return jax.tree.map(lambda p, x, e: p.alpha(t) * x + p.sigma(t) * e, self.each(x0), x0, eps)
@@ -155,13 +162,13 @@ class Process:
         x0 = jax.tree.map(jnp.asarray, x0)
         t = jnp.asarray(t, jax.tree.leaves(x0)[0].dtype)
         self.check(x0)
-        return self.mix(x0, self.noise(key, x0, index), t)
+        return self.mix(x0, self.kernel(key, x0, index), t)
 
     def prior(self, key: Array, shape: Any, index: Array | None = None, dtype: Any = None) -> PyTree:
         """Noise at t_max, shape (batch, ...) or a pytree of such: what sampling starts from; keyed as in `diffuse`."""
         leaf = lambda s: jax.ShapeDtypeStruct(s, jnp.float32 if dtype is None else dtype)
         like = jax.tree.map(leaf, shape, is_leaf=lambda s: isinstance(s, tuple))
-        return jax.tree.map(lambda p, z: p.prior_std * z, self.each(like), self.noise(key, like, index))
+        return jax.tree.map(lambda p, z: p.prior_std * z, self.each(like), self.kernel(key, like, index))
 
     def check_times(self, t: Any, name: str = "times") -> np.ndarray:
         """Host check of a time grid: finite, inside [0, t_max], strictly falling, at least two. Float64 copy."""

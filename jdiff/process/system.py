@@ -78,5 +78,9 @@ def system(parts: Mapping[str, Process], structure: Structure | None = None) -> 
     if not parts or len({p.t_max for p in parts.values()}) > 1:
         ends = ", ".join(f"{name}: {p.t_max:g}" for name, p in parts.items())
         raise ValueError(f"system: the parts share one time, and these end at t_max = {ends or 'none'}; try process.ve")
+    if other := [name for name, p in parts.items() if not p.gaussian]:
+        raise ValueError(
+            f"system: the noise of {', '.join(other)} is not Gaussian; a system's parts share Gaussian noise"
+        )
     t_min = max(p.t_min for p in parts.values())
     return System(t_min, next(iter(parts.values())).t_max, tuple(sorted(parts.items())), structure)
