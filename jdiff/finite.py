@@ -1,4 +1,4 @@
-"""Exact models of a finite data set: the posterior mean is a weighted mean of its points, under any process's kernel."""
+"""Exact models of a finite data set: the posterior mean is a weighted mean of its points, for any noise."""
 
 from dataclasses import dataclass
 from typing import Any
