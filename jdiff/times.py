@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from jdiff.process import Process
+from jdiff.process import Process, shift
 
 
 def _check(process: Process, n: int, start: float | None, end: float) -> float:
@@ -63,6 +63,20 @@ def karras(process: Process, n: int, rho: float = 7.0, *, start: float | None = 
     if not rho > 0:
         raise ValueError(f"karras: expected rho > 0, got {rho}")
     return _spaced(process, n, start, end, lambda lam: np.exp(-lam / rho), lambda u: -rho * np.log(u))
+
+
+def shifted(process: Process, n: int, a: float = 3.0, *, start: float | None = None, end: float = 0.0) -> np.ndarray:
+    """Uniform in t, and then shifted to t' = a t / (1 + (a - 1) t): more steps at high noise for a > 1 (SD3: a = 3).
+
+    For networks that were trained on `process` as it is, or shifted; see `process.shifted` for a = sqrt(dim / 4096).
+    """
+    if not a > 0:
+        raise ValueError(f"shifted: expected a > 0, got {a}")
+    start = _check(process, n, start, end)
+    first, last = shift(np.array([start, end]), 1.0 / a, process.t_max)
+    t = shift(np.linspace(first, last, int(n) + 1), a, process.t_max)
+    t[0], t[-1] = start, end
+    return t
 
 
 def graded(times: np.ndarray, levels: int) -> np.ndarray:

@@ -18,6 +18,7 @@ PROCESSES = {
     "ve": process.ve(),
     "subvp": process.subvp(),
     "pfgmpp": process.pfgmpp(16.0),
+    "shifted": process.shifted(process.flow(), 2.5),
 }
 each = pytest.mark.parametrize("p", PROCESSES.values(), ids=PROCESSES)
 
@@ -83,6 +84,35 @@ def test_known_values():
     assert [q.prior_std for q in list(PROCESSES.values())[:6]] == [1, 1, 1, 1, 80, 1]
 
 
+def test_shifts_compose_and_move_the_log_snr():
+    """a = sqrt(dim / 4096); shift(a) o shift(b) = shift(a b); logit t' = logit t + log a; on flow lam - log a."""
+    t, flow = np.linspace(0.01, 0.99, 9), process.flow()
+    logit = lambda u: np.log(u / (1 - u))
+    np.testing.assert_allclose(logit(process.shift(t, 3.0)), logit(t) + np.log(3), rtol=1e-12)
+    np.testing.assert_allclose(process.shift(process.shift(t, 3.0), 0.7), process.shift(t, 2.1), rtol=1e-12)
+    np.testing.assert_allclose(process.shifted(flow, 2.5).lam(t), flow.lam(t) - np.log(2.5), rtol=1e-11, atol=1e-11)
+    assert process.shifted(flow, dim=64 * 1024) == process.shifted(flow, 4.0)
+    assert process.shifted(process.shifted(flow, 2.0), 3.0) == process.shifted(flow, 6.0)
+    for base in (process.vp_cosine(), process.edm()):  # the same curve of (alpha, sigma), at other times
+        p, u = process.shifted(base, 3.0), inside(base)
+        np.testing.assert_allclose(p.sigma(u), base.sigma(process.shift(u, 3.0, base.t_max)), rtol=1e-12)
+        np.testing.assert_allclose(p.t_of_lam(p.lam(u)), u, rtol=1e-9)
+    grid = times.shifted(flow, 4, 3.0)  # the grid for a network that is told the unshifted time
+    np.testing.assert_allclose(grid, [1.0, 0.9, 0.75, 0.5, 0.0], rtol=1e-12)
+    heavy = process.shifted(process.pfgmpp(4), 2.0)
+    np.testing.assert_array_equal(
+        heavy.kernel(jax.random.key(0), jnp.zeros((3, 2))), heavy.base.kernel(jax.random.key(0), jnp.zeros((3, 2)))
+    )
+
+
+def test_exponential_schedule():
+    """HIR-Diff's, as its code computes it: 1 - exp(-k i / n) reversed, scaled to [0, 1] and then to [1e-3, 1]."""
+    bars = 1 - np.exp(-8.0 * np.arange(51)[::-1] / 50)
+    bars = (bars - bars.min()) / (bars.max() - bars.min()) * (1 - 1e-3) + 1e-3
+    np.testing.assert_allclose(process.vp_exponential(n=50).alpha(np.arange(51) / 50) ** 2, bars, rtol=1e-10)
+    assert process.vp_exponential().alpha(0.5) ** 2 > 0.98  # the cosine schedule is at 0.49
+
+
 def test_processes_are_static_values():
     assert process.vp_linear() == process.vp_linear() and hash(process.flow()) == hash(process.flow())
     assert process.vp_linear(beta_max=10.0) != process.vp_linear()
@@ -135,6 +165,10 @@ def test_bad_arguments():
         (lambda: process.vp_discrete([0.1, 1.2]), r"inside \(0, 1\)"),
         (lambda: process.edm(sigma_min=0), "0 < sigma_min"),
         (lambda: process.flow(t_min=2), "0 < t_min"),
+        (lambda: process.shifted(process.flow()), "give a, or dim"),
+        (lambda: process.shifted(process.flow(), dim=-3), "expected a > 0"),
+        (lambda: times.shifted(process.flow(), 4, 0.0), "expected a > 0"),
+        (lambda: process.vp_exponential(k=-1.0), "expected k > 0"),
         (lambda: times.uniform(process.flow(), 0), "at least 1; got 0"),
         (lambda: times.logsnr(process.edm(), 5, start=90.0), "start <= 80"),
         (lambda: times.karras(process.edm(), 5, rho=-1), "rho > 0"),

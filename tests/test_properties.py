@@ -81,8 +81,9 @@ def test_conversions_invert_each_other(p):
             "velocity": p.dalpha(t) * x0 + p.dsigma(t) * eps,
         }
         x = a * x0 + s * eps
-        for source in predict.KINDS:
-            for target in predict.KINDS:
+        kinds = [kind for kind in predict.KINDS if p.gaussian or kind != "score"]
+        for source in kinds:
+            for target in kinds:
                 got = predict.convert(p, x, t, want[source], source, target)
                 np.testing.assert_allclose(got, want[target], rtol=1e-7, atol=1e-7 * np.abs(want[target]).max())
 

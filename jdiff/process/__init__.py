@@ -19,11 +19,22 @@ from .pfgm import PFGMPP, pfgmpp
 from .residual import Residual, rddm, resshift, tabulated
 from .reverting import MeanReverting, mean_reverting
 from .score_sde import VE, SubVP, subvp, ve
+from .shifted import Shifted, shift, shifted
 from .straight import EDM, Flow, edm, flow
 from .system import System, system
 from .terminal import ZeroTerminal, zero_terminal_snr
 from .truncated import Relay, Resfusion, relay, resfusion
-from .vp import Trigonometric, VPCosine, VPDiscrete, VPLinear, trigonometric, vp_cosine, vp_discrete, vp_linear
+from .vp import (
+    Trigonometric,
+    VPCosine,
+    VPDiscrete,
+    VPLinear,
+    trigonometric,
+    vp_cosine,
+    vp_discrete,
+    vp_exponential,
+    vp_linear,
+)
 
 ALL = {
     "vp_linear": vp_linear,
@@ -62,6 +73,7 @@ __all__ = [
     "Relay",
     "Resfusion",
     "Residual",
+    "Shifted",
     "SubVP",
     "System",
     "Time",
@@ -82,6 +94,8 @@ __all__ = [
     "resfusion",
     "resshift",
     "sb_ve",
+    "shift",
+    "shifted",
     "subvp",
     "system",
     "tabulated",
@@ -89,6 +103,7 @@ __all__ = [
     "ve",
     "vp_cosine",
     "vp_discrete",
+    "vp_exponential",
     "vp_linear",
     "zero_terminal_snr",
 ]

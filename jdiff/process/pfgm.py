@@ -20,7 +20,7 @@ from jaxtyping import Array, PyTree
 
 from jdiff import noise
 
-from .base import Process
+from .base import Posterior, Process, Time
 from .straight import EDM, edm
 
 RADIUS = 1 << 30  # the key of chi^2, far from those of a sample's arrays
@@ -41,6 +41,9 @@ class PFGMPP(EDM):
         )
         factor = jnp.sqrt(half / gamma)
         return jax.tree.map(lambda z: factor.reshape(-1, *[1] * (z.ndim - 1)).astype(z.dtype) * z, z)
+
+    def posterior(self, s: Time, t: Time) -> Posterior:
+        raise ValueError(f"posterior: {self} is no chain with Gaussian steps; it has a flow alone")
 
     def log_kernel(self, square: Any, n: int) -> Any:
         half = 0.5 * (n + self.D)
