@@ -22,6 +22,7 @@ from jdiff.tableau import Record, Tableau
 from jdiff.trace import Solver, trace
 
 if TYPE_CHECKING:
+    from jdiff import analysis as analysis
     from jdiff import anchored as anchored
     from jdiff import checkpoint as checkpoint
     from jdiff import data as data
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _LAZY = {
+    "analysis",
     "anchored",
     "checkpoint",
     "data",

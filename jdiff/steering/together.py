@@ -10,11 +10,13 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
-from jdiff import noise
+from jdiff.analysis.divergence import check_divergence, inner, probes
 from jdiff.denoiser import Denoiser
 from jdiff.guidance.branches import branches
 from jdiff.predict import convert
 from jdiff.process import Process
+
+__all__ = ["Together", "check_divergence", "combine", "inner", "probes", "together"]
 
 
 @jax.tree_util.register_dataclass
@@ -54,25 +56,3 @@ def combine(weights: Array, parts: Array) -> Array:
     shape = lambda w: w if w.ndim == 0 else w.reshape(-1, *[1] * (parts.ndim - 2))
     terms = [shape(weights[..., i]) * part for i, part in enumerate(parts)]
     return functools.reduce(jnp.add, terms)
-
-
-def inner(a: Array, b: Array) -> Float[Array, " batch"]:
-    """<a, b> of each sample."""
-    return jnp.sum((a * b).reshape(a.shape[0], -1), 1)
-
-
-def probes(key: Array, x: Array, divergence: str, number: int) -> Float[Array, "probes ..."]:
-    """Vectors e, (probes, batch, ...), for traces as sums of <e, J e>: the basis, or Rademacher ones, scaled."""
-    if divergence == "exact":
-        d = x[0].size
-        basis = jnp.eye(d, dtype=x.dtype).reshape(d, 1, *x.shape[1:])
-        return jnp.broadcast_to(basis, (d, *x.shape))
-    draws = jnp.stack([noise.normal(jax.random.fold_in(key, j), x) for j in range(number)])
-    return jnp.where(draws < 0, -1.0, 1.0).astype(x.dtype) / jnp.sqrt(jnp.asarray(number, x.dtype))
-
-
-def check_divergence(what: str, divergence: str, number: int) -> None:
-    if divergence not in ("exact", "hutchinson") or number < 1:
-        raise ValueError(
-            f"{what}: divergence is {divergence!r}, probes {number}; expected 'exact', or 'hutchinson' with 1 or more"
-        )
