@@ -118,8 +118,8 @@ def finish(settings: Settings, cells: Mapping[tuple[str, Any], reproduce.Cell], 
         *(Claim(f"{row}: right at |A| = 1", lambda e, row=row: e(row, 1.0), at_most=0.85) for row in ROWS),
     ]
     note = (
-        "I + A is invertible, so (I + A) s spans as many directions as s: this term turns them and leaves their count. "
-        "That densities and samples stay is tested in tests/test_analysis.py."
+        "I + A is invertible, so (I + A) s spans as many directions as s; but it stretches them unequally, which "
+        "misleads the score's rule from |A| = 3 on. Densities and samples stay: tested in tests/test_analysis.py."
     )
     lines = [note, "", "Median of the log of the ratio of singular values where the gap belongs:", ""]
     lines += ["| | " + " | ".join(f"{a:g}" for a in NORMS) + " |", "|---" * (len(NORMS) + 1) + "|"]
