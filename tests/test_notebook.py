@@ -56,3 +56,12 @@ def test_steering():
     assert base < best < steered
     few, many = found["curves"]["25"], found["curves"]["200"]
     assert few[0] < few[-1] < many[-1] and abs(many[-1] - found["exact_mean"]) < 0.08
+
+
+def test_interpolants():
+    found = execute("interpolants")
+    assert max(found["backward"].values()) < 1.5 * found["least"]
+    assert max(found["forward"].values()) < 1.5 * found["there"]
+    assert found["likelihood"] < 1e-3
+    for measured, true in found["bridge"].values():
+        assert abs(measured - true) < 4 * (0.3 * 0.6 + true**2) ** 0.5 / 1000**0.5

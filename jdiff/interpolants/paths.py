@@ -219,7 +219,7 @@ class Interpolant:
         """The field `want` at (x, t) from those that are known: convert(t, "b", v=v, s=s). Signs as in the module.
 
         x is needed where x1 takes no part. ValueError for a field that these do not give: a score of an interpolant
-        without latent noise or (with times on the host) at a time without, b or v of a score alone, a score of b and v.
+        without latent noise or at a time without (traced times give 0 there), b of a score alone, a score of b and v.
         """
         if bad := [name for name in (want, *known) if name not in FIELDS]:
             raise ValueError(f"unknown field {bad[0]!r}; expected one of {', '.join(FIELDS)}")
@@ -227,13 +227,13 @@ class Interpolant:
             return known[want]
         if isinstance(p := self.path, Process):
             return self._one_sided(p, t, want, x, known)
-        gamma, dgamma, gdg = self.noise(t)
+        gamma, dgamma, gdg = self.noise(t if not (a := _array(known)) else jnp.asarray(t, a[0].dtype))
         if self.path == "mirror":  # v = 0
             if want == "v":
                 return 0.0 * next(iter(known.values()), 0.0)
             if "b" in known and not known.keys() & {"s", "eta"}:
                 self._divisible(gdg, t, want, "b alone gives the score where gamma' is not 0; elsewhere learn s")
-                known = {"s": -known["b"] / gdg}
+                known = {"s": -known["b"] * reciprocal(gdg)}
             known = {"v": 0.0, **known}
         if want in ("s", "eta"):
             if not known.keys() & {"s", "eta"}:
@@ -243,7 +243,7 @@ class Interpolant:
             if "s" in known:
                 return known["s"]
             self._divisible(gamma, t, want, "eta = E[z | x] says nothing of the score where gamma = 0")
-            return -known["eta"] / gamma
+            return -known["eta"] * reciprocal(gamma)
         other = "v" if want == "b" else "b"
         if other not in known or not known.keys() & {"s", "eta"}:
             raise ValueError(self._missing(want, known, f"{want} needs {other}, and s or eta"))
@@ -254,20 +254,26 @@ class Interpolant:
         if not known or x is None:
             raise ValueError(f"{want} of a one-sided interpolant needs x and one of {', '.join(FIELDS)}")
         source, value = next(iter(known.items()))
+        t = jnp.asarray(t, a[0].dtype) if (a := _array(known)) else t
         if source == "v":  # v = alpha' E[x0 | x]
             self._divisible(p.dalpha(t), t, want, "v = alpha' E[x0 | x] says nothing where alpha' = 0")
-            source, value = "x0", value / p.dalpha(t)
+            source, value = "x0", value * reciprocal(p.dalpha(t))
         if want == "v":
             return p.dalpha(t) * predict.convert(p, x, t, value, KIND.get(source, source), "x0")
         return predict.convert(p, x, t, value, KIND.get(source, source), KIND[want])
 
     def _divisible(self, value: Any, t: Time, want: str, why: str) -> None:
+        """A host check: traced times pass."""
         if not isinstance(value, Tracer) and np.any(zero := np.asarray(value) == 0):
             at = np.broadcast_to(np.asarray(t), zero.shape)[zero].flat[0]
             raise ValueError(f"no {want} at t = {at:g} of {self}: {why}")
 
     def _missing(self, want: str, known: dict[str, Any], how: str) -> str:
         return f"no conversion from {' and '.join(known) or 'nothing'} to {want} of {self}: {how}"
+
+
+def _array(known: dict[str, Any]) -> list[Any]:
+    return [v for v in known.values() if isinstance(v, jax.Array)]
 
 
 def one_sided(process: Process) -> Interpolant:
