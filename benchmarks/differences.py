@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jdiff
-from jdiff import exact, process, solvers, times
+from jdiff import exact, interpolants, process, solvers, times
 
 STD = np.geomspace(0.02, 2.0, 8)
 MODEL = exact.gaussian(np.linspace(-1.0, 1.0, 8), STD**2)
@@ -310,9 +310,22 @@ def momentum():
     show("the same, beta 0.8, to t_min: how far a point mass at 1 is moved", n, **rows)
 
 
+def interpolant_heun():
+    n = (10, 20, 40, 80, 160)
+    model = interpolants.between(interpolants.Interpolant(), MODEL, exact.gaussian(np.zeros(8), 1.0))
+    drift = interpolants.drift(model.interpolant, b=model.field("b"))
+    goal, rows = MODEL.means[0] + STD * Z, {}
+    for name, published in (("ours", False), ("as_published", True)):
+        tables = [interpolants.sde(drift.process, times.uniform(FLOW, k), 0.0, "heun", published) for k in n]
+        found = [np.asarray(jdiff.sample(drift, T, jnp.asarray(Z))) for T in tables]
+        rows[name] = [np.sqrt(np.mean((x - goal) ** 2)) for x in found]
+    show("Interpolant to N(0, 1), linear, Brownian: Heun's ODE from t = 1 to 0, rms at steps", n, **rows)
+
+
 PARTS = (
     third_order, lower_order, unipc_bh, sde_order_three, deis_weights, repeated_sigma, grids, rounded_times, precision,
     prior, cosine, heun_variable, ddpm_last_step, vary_coeff, singlestep, ipndm_v, path_noise, momentum,
+    interpolant_heun,
 )  # fmt: skip
 
 

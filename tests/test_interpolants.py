@@ -10,7 +10,7 @@ import pytest
 import scipy.stats
 
 import jdiff
-from jdiff import exact, interpolants, metrics, ode, process, solvers, times
+from jdiff import exact, guidance, interpolants, metrics, ode, process, solvers, steering, times
 from jdiff.interpolants import Interpolant
 
 LEFT = exact.mixture([0.3, 0.7], [[-1.0, 0.5], [1.0, 0.0]], [0.1, [[0.2, 0.08], [0.08, 0.1]]])
@@ -343,7 +343,57 @@ def test_the_kl_of_a_wrong_drift_is_bounded():
     assert found[0] > 2 * found[1] > 4 * found[2] > 1e-6
 
 
-# 5. Bad input ----------------------------------------------------------------------------------------------------
+# 5. The SDE's tableau --------------------------------------------------------------------------------------------
+
+
+def law(m, T, eps):
+    """Mean and covariance of the table's output on a Gaussian model, backward, from x1: closed form, no draws."""
+    mean, cov = np.zeros((T.registers, 2)), np.zeros((T.registers, 2, T.registers, 2))
+    mean[0], cov[0, :, 0] = m.means[0, 1], m.covs[0, 1, :, 1]
+    kick = lambda C: np.einsum("rz,qz,ij->riqj", C, C, np.eye(2))
+    mean, cov = mean * T.h0[:, None], cov * T.h0[:, None, None, None] * T.h0[:, None] + kick(T.c0)
+    for k in range(T.nfe):
+        K, c = affine(m, T.t[k], -eps)
+        if T.record.prediction == "x0":
+            K, c = np.eye(2) - T.t[k] * K, -T.t[k] * c
+        step = np.einsum("rq,ij->riqj", T.A[k], np.eye(2))
+        step[:, :, 0] += np.einsum("r,ij->rij", T.B[k, :, 0], K)
+        mean = np.einsum("riqj,qj->ri", step, mean) + T.B[k] * c
+        cov = np.einsum("riqj,qjpl,sopl->riso", step, cov, step) + kick(T.C[k])
+    return mean[0], cov[0, :, 0]
+
+
+@pytest.mark.parametrize(
+    ("method", "eps", "published", "order"),
+    [("euler", 0.0, False, 1), ("euler", 0.5, False, 1), ("heun", 0.0, False, 2), ("heun", 0.5, False, 1),
+     ("heun", 0.0, True, 1), ("heun", 0.5, True, 1)],
+)  # fmt: skip
+def test_weak_order_in_closed_form(method, eps, published, order):
+    m = interpolants.between(Interpolant(), A, B)
+    transport, errors = m.field("b").process, []
+    for n in (20, 40, 80):
+        mean, cov = law(m, interpolants.sde(transport, times.uniform(FLOW, n), eps, method, published), eps)
+        errors.append(np.sqrt(np.mean((mean - A.means[0]) ** 2) + np.mean((cov - A.cov) ** 2)))
+    assert abs(np.log2(errors[1] / errors[2]) - order) < 0.25, errors
+    assert errors[2] < 0.1
+
+
+def test_guidance_and_steering_apply():
+    """CFG on a field is linear in it; FK steering on the SDE's drift reaches the tilted Gaussian N(m + l C c, C)."""
+    m, c, lam = interpolants.between(Interpolant(), A, B), np.array([0.8, 0.6]), 0.8
+    b, s = m.field("b"), m.field("s")
+    x = m.sample(KEY, 4, 0.5)
+    guided = guidance.cfg(b, interpolants.field(m.interpolant, lambda x, t: jnp.zeros_like(x)), 1.5)
+    drift = interpolants.drift(m.interpolant, b=guided)
+    np.testing.assert_allclose(drift(x, 0.5, "velocity"), 1.5 * m(x, 0.5).b, rtol=1e-5)
+    drift, table = interpolants.stochastic(m.interpolant, times.uniform(FLOW, 50), 1.0, b=b, s=s)
+    _, x1 = m.ends(KEY, 1500)
+    out = steering.sample(drift, table, x1, jax.random.key(1), steering.fk(lambda x: x @ jnp.asarray(c, x.dtype), lam))
+    target = A.means[0] @ c + lam * c @ A.cov @ c
+    assert abs((np.asarray(out.x) @ c).mean() - target) < 0.12 < 0.3 * (target - A.means[0] @ c) + 0.1
+
+
+# 6. Bad input ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

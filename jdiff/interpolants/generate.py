@@ -110,6 +110,9 @@ def sde(transport: Transport, times: Any, eps: Eps, method: str = "euler", as_pu
     method  "euler": Euler-Maruyama, of weak order 1. "heun": the noise first, with eps at the step's start, and then a
             Heun step of the drift, 2 evaluations; of weak order 1 too, but with the ODE's 2 where eps is small
     as_published: the official code's Heun, which evaluates both slopes at the step's end (then the ODE's order is 1)
+
+    What steering sees of a row (`info.outputs`) is x - t v with "euler", where the drift points to, and v with "heun",
+    whose last slope is at t = 0, where x - t v would say nothing of v.
     ValueError for an unknown method, times outside [0, 1] or not falling, eps < 0.
     """
     if method not in ("euler", "heun"):
@@ -131,8 +134,8 @@ def sde(transport: Transport, times: Any, eps: Eps, method: str = "euler", as_pu
         return x
 
     reference = "Albergo, Boffi and Vanden-Eijnden 2023, arXiv 2303.08797, section 2.3"
-    name = f"interpolant_sde_{method}"
-    return trace(sampler, transport, name=name, order=1, references=(reference,), prediction="velocity").validate()
+    name, kind = f"interpolant_sde_{method}", "x0" if method == "euler" else "velocity"
+    return trace(sampler, transport, name=name, order=1, references=(reference,), prediction=kind).validate()
 
 
 def stochastic(
