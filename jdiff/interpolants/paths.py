@@ -60,12 +60,10 @@ def _trigonometric(t: Time, gamma: Any, gdg: Any) -> tuple[Any, ...]:
 
 def _encoding_decoding(t: Time, gamma: Any, gdg: Any) -> tuple[Any, ...]:
     xp, u = xp_of(t), math.pi * t
-    weight, slope, first = xp.cos(u) ** 2, -math.pi * xp.sin(2.0 * u), t <= 0.5
-    none = xp.zeros_like(t)
-    return *(xp.where(first, weight, none), xp.where(first, none, weight)), *(
-        xp.where(first, slope, none),
-        xp.where(first, none, slope),
-    )
+    weight, slope, none = xp.cos(u) ** 2, -math.pi * xp.sin(2.0 * u), xp.zeros_like(t)
+    first = lambda value: xp.where(t <= 0.5, value, none)
+    second = lambda value: xp.where(t <= 0.5, none, value)
+    return first(weight), second(weight), first(slope), second(slope)
 
 
 def _mirror(t: Time, gamma: Any, gdg: Any) -> tuple[Any, ...]:
