@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from test_trace import run_rows
 
-from jdiff import exact, predict, process, solvers, times
+from jdiff import exact, order, predict, process, solvers, times
 from jdiff.solvers.sit import FORMS, LAST
 
 PATHS = {"Linear": process.flow(), "GVP": process.trigonometric(), "VP": process.vp_linear()}
@@ -99,6 +99,13 @@ def test_reductions(path):
     for method in ("euler", "heun"):
         same = solvers.get(method, variable="t")
         np.testing.assert_allclose(points(solvers.sit(norm=0.0, method=method)), points(same), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("text", ["ddim", "heun", "dpm_solver_pp", "unipc(order=2, lower_order_final=False)", "sit"])
+def test_solvers_keep_their_order_on_the_trigonometric_path(text):
+    """Tree by tree, or in law: all that a solver needs of a one-sided interpolant are alpha and sigma."""
+    solver = solvers.parse(text)
+    assert order.measured_order(solver, PATHS["GVP"], 12) > solver.order - 0.1
 
 
 def test_grids_and_steps():
