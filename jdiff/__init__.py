@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from jdiff import ode as ode
     from jdiff import order as order
     from jdiff import reproduce as reproduce
+    from jdiff import schedules as schedules
     from jdiff import solvers as solvers
     from jdiff import starts as starts
     from jdiff import steering as steering
@@ -70,6 +71,7 @@ _LAZY = {
     "ode",
     "order",
     "reproduce",
+    "schedules",
     "solvers",
     "steering",
     "starts",

@@ -135,7 +135,7 @@ def _per_coordinate(log_w, means, values, vectors, a, s, x):
     whitened = jax.scipy.linalg.solve_triangular(chol, r[..., None], lower=True)
     solved = jax.scipy.linalg.solve_triangular(chol, whitened, lower=True, trans=1)[..., 0]
     log_det = 2.0 * jnp.sum(jnp.log(jnp.diagonal(chol, axis1=-2, axis2=-1)), -1)
-    log_p = -0.5 * (jnp.sum(whitened[..., 0] ** 2, -1) + log_det + x.shape[-1] * np.log(2 * np.pi))
+    log_p = -0.5 * (jnp.sum(whitened[..., 0] ** 2, -1) + log_det + x.shape[-1] * float(np.log(2 * np.pi)))
     return _mix(log_w, log_p, means + jnp.einsum("nkij,nkj->nki", cross, solved))
 
 

@@ -151,6 +151,7 @@ def denoising_loss(
     gamma: float = 5.0,
     label_dropout: float = 0.0,
     null_label: int | None = None,
+    elements: Callable[[Array], Array] | None = None,
 ) -> Loss:
     """The function loss(params, key, x0, y=None, index=None) -> (batch,) of weighted squared errors.
 
@@ -160,6 +161,8 @@ def denoising_loss(
 
     apply(params, x_t, t, y) -> output of kind `prediction`, shaped like x0; t is (batch, 1, ..., 1), y is None
     where there are no labels. time: a sampler such as `uniform(process)` (the default). stratified: see `uniforms`.
+    elements: a time an element, a law of `schedules.training`: key -> numbers in (0, 1) that broadcast against one
+    sample, which `time` maps to times; t is then (batch, *elements), and each element has the weight of its own time.
     Raises ValueError for an unknown prediction or weighting, a dropout outside [0, 1), or one without a null label.
     """
     check_kind(prediction)
@@ -182,10 +185,19 @@ def denoising_loss(
         n, dtype = leaves[0].shape[0], wide(leaves[0].dtype)
         index = jnp.arange(n, dtype=jnp.int32) if index is None else index
         time_key, noise_key, label_key = (jax.random.fold_in(key, i) for i in range(3))
-        times = sampler(uniforms(time_key, index, stratified, dtype))
+        if elements is None:
+            u = uniforms(time_key, index, stratified, dtype)
+        else:
+            u = jax.vmap(lambda i: elements(jax.random.fold_in(time_key, i)))(index).astype(dtype)
         if len(ranks := {leaf.ndim for leaf in leaves}) > 1:
             raise ValueError(f"the sample's arrays have {sorted(ranks)} axes; one time a sample needs the same number")
-        t = times.reshape(n, *[1] * (leaves[0].ndim - 1))
+        t = sampler(u).reshape(*u.shape[:1], *[1] * (leaves[0].ndim - u.ndim), *u.shape[1:])
+        for leaf in leaves:
+            if len(t.shape) != leaf.ndim or any(a not in (1, b) for a, b in zip(t.shape, leaf.shape, strict=True)):
+                raise ValueError(
+                    f"elements gives times of shape {u.shape[1:]}, which do not broadcast against a sample of shape "
+                    f"{leaf.shape[1:]}; see schedules.training.along"
+                )
         eps = process.kernel(noise_key, x0, index)
         x = process.mix(x0, eps, t)
         if y is not None and label_dropout and null_label is not None:
@@ -193,8 +205,8 @@ def denoising_loss(
         output = cast_like(apply(params, x, t, y), x)
 
         def leaf(p: Process, x0: Array, eps: Array, output: Array) -> Array:
-            w = weight(p, prediction, weighting, times, sigma_data=sigma_data, gamma=gamma)
-            return w * jnp.square(output - _target(p, prediction, t, x0, eps)).reshape(n, -1).sum(-1)
+            w = weight(p, prediction, weighting, t, sigma_data=sigma_data, gamma=gamma)
+            return (w * jnp.square(output - _target(p, prediction, t, x0, eps))).reshape(n, -1).sum(-1)
 
         errors = jax.tree.leaves(jax.tree.map(leaf, process.each(x0), x0, eps, output))
         return jnp.stack(errors).sum(0) / sum(leaf[0].size for leaf in leaves)

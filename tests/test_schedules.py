@@ -1,0 +1,314 @@
+"""A time an element: any solver under any schedule against closed forms, streams, and laws of training times."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.stats import chisquare, kstest
+
+import jdiff
+from jdiff import exact, guidance, losses, process, schedules, solvers, times
+from jdiff.schedules import training
+
+F, K, RHO = 4, 6, 0.8
+COV = RHO ** np.abs(np.subtract.outer(np.arange(F), np.arange(F)))
+VIDEO = exact.gaussian(np.linspace(-0.5, 0.5, F), COV)  # an AR(1) video, a number a frame
+P = process.flow()
+GRID = times.uniform(P, K)
+
+
+def noise(n=5, dtype=jnp.float64):
+    return P.prior(jax.random.key(0), (n, F), dtype=dtype)
+
+
+def sample(table, x, key=None):
+    return np.asarray(jdiff.sample(VIDEO.denoiser(P), table, x, key))
+
+
+# Matrices -----------------------------------------------------------------------------------------------------------
+def test_matrices_by_hand():
+    np.testing.assert_array_equal(schedules.staircase(3, 2, 1), [[0, 0, 0], [1, 0, 0], [2, 1, 0], [2, 2, 1], [2, 2, 2]])
+    np.testing.assert_array_equal(schedules.staircase(4, 2, 1, block=2)[1:3], [[1, 1, 0, 0], [2, 2, 1, 1]])
+    np.testing.assert_array_equal(schedules.synchronous(2, 3), [[0, 0], [1, 1], [2, 2], [3, 3]])
+    np.testing.assert_array_equal(schedules.autoregressive(2, 2), [[0, 0], [1, 0], [2, 0], [2, 1], [2, 2]])
+    known = schedules.given(schedules.autoregressive(3, 2), np.array([True, False, False]))
+    np.testing.assert_array_equal(known, [[2, 0, 0], [2, 1, 0], [2, 2, 0], [2, 2, 1], [2, 2, 2]])
+    M = schedules.staircase(8, 10, 3)
+    assert len(M) - 1 == 10 + 3 * 7 and schedules.active(M).sum() == 80 and schedules.active(M).max() == 4
+    np.testing.assert_array_equal(schedules.latency(M), 10 + 3 * np.arange(8))
+
+
+@pytest.mark.parametrize(
+    ("M", "match"),
+    [
+        ([[0, 0], [1, 0], [0, 1]], r"goes from 1 to 0 at call 2, element \[0\]"),
+        ([[0, 0], [2, 1], [2, 2]], r"from 0 to 2 at call 1, element \[0\]"),
+        ([[0, 0], [1, 0], [2, 1]], r"element \[1\] of the schedule goes from 0 to 1 evaluations; its solver has 2"),
+        ([[1, 0], [2, 1], [2, 2]], r"element \[0\] starts after 1 evaluations"),
+        ([[0, 0], [0, 0], [1, 1], [2, 2]], r"call 1 of the schedule moves no element"),
+        ([0, 1, 2], r"integers of shape"),
+        ([[0.0, 0.0], [1.0, 1.0]], r"got float64"),
+    ],
+)
+def test_bad_matrices(M, match):
+    with pytest.raises(ValueError, match=match):
+        schedules.scheduled(solvers.ddim()(P, times.uniform(P, 2)), np.array(M))
+
+
+def test_other_bad_input():
+    table = solvers.ddim()(P, GRID)
+    with pytest.raises(ValueError, match=r"lag is 7; expected 0"):
+        schedules.staircase(3, 6, 7)
+    with pytest.raises(ValueError, match=r"known is float64 of shape \(4,\)"):
+        schedules.given(schedules.synchronous(F, K), np.zeros(F))
+    with pytest.raises(ValueError, match="has coefficients an element already"):
+        schedules.scheduled(schedules.scheduled(table, schedules.synchronous(F, K)), schedules.synchronous(F, K))
+    with pytest.raises(ValueError, match=r"which goes from 0 to 1, and there are 1"):
+        schedules.scheduled(table, schedules.synchronous(F, K), which=[0, 0, 0, 1])
+    with pytest.raises(ValueError, match="do not broadcast"):
+        sample(schedules.scheduled(table, schedules.synchronous(F + 1, K)), noise())
+    with pytest.raises(ValueError, match="remembers"):
+        momentum = guidance.apg(VIDEO.denoiser(P), VIDEO.denoiser(P), 2.0, momentum=-0.5)
+        schedules.stream(momentum, table).init(noise(1))
+
+
+# Sampling -----------------------------------------------------------------------------------------------------------
+def alternating(evaluations):
+    """Even and odd frames in turn: everyone rests in the middle of its own run."""
+    k = np.arange(2 * evaluations + 1)[:, None]
+    return (k + 1 - np.arange(F) % 2) // 2
+
+
+@pytest.mark.parametrize("name", ["unipc", "heun", "dpm_solver_pp", "deis"])
+def test_equal_times_are_the_scalar_sampler(name):
+    table = solvers.ALL[name]()(P, GRID)
+    found = sample(schedules.scheduled(table, schedules.synchronous(F, table.nfe)), noise())
+    np.testing.assert_allclose(found, sample(table, noise()), rtol=0, atol=1e-12)
+
+
+def test_equal_times_are_the_scalar_sampler_to_the_last_bit():
+    """Operation by operation: for a network that does not tell one time from a time an element."""
+    table = solvers.unipc(2)(P, times.uniform(P, 3))
+    model = jdiff.denoiser(lambda x, t: jnp.tanh(x) * (1 - t), P, "velocity")
+    both = [table, schedules.scheduled(table, schedules.synchronous(F, table.nfe))]
+    with jax.disable_jit():
+        a, b = (np.asarray(jdiff.sample(model, T, noise(2, jnp.float32))) for T in both)
+    np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("name", ["unipc", "heun", "dpm_solver", "bdia", "pndm"])
+def test_independent_elements_do_not_see_the_schedule(name):
+    """Where frames are independent, each is what its own solver gives, history and all, whenever it runs."""
+    model = exact.gaussian(np.linspace(-1, 1, F), np.linspace(0.2, 1.4, F))
+    table = solvers.ALL[name]()(P, GRID if name != "pndm" else times.uniform(P, 8))
+    run = lambda T: np.asarray(jdiff.sample(model.denoiser(P), T, noise()))
+    for M in (schedules.staircase(F, table.nfe, 3), alternating(table.nfe)):
+        np.testing.assert_allclose(run(schedules.scheduled(table, M)), run(table), rtol=0, atol=1e-10)
+
+
+def test_history_polluted_by_rest_is_another_sampler():
+    """The mutant: registers that go on while an element rests."""
+    model = exact.gaussian(np.linspace(-1, 1, F), np.linspace(0.2, 1.4, F))
+    table = solvers.unipc(3)(P, GRID)
+    M = alternating(K)
+    good = schedules.scheduled(table, M)
+    rest = (
+        np.broadcast_to(np.diff(M, axis=0)[:, None, None] == 0, good.A.shape)
+        & (np.arange(good.registers) > 0)[None, :, None, None]
+    )
+    broken = good.replace(A=np.where(rest, 0.0, good.A))
+    run = lambda T: np.asarray(jdiff.sample(model.denoiser(P), T, noise()))
+    assert np.abs(run(broken) - run(table)).max() > 1e-2
+
+
+def moments(T, n, x=None, seed=0):
+    x = P.prior(jax.random.key(seed), (n, F)) if x is None else x
+    found = np.asarray(jdiff.sample(VIDEO.denoiser(P), T, x, jax.random.key(seed + 1)), np.float64)
+    return found.mean(0), np.cov(found.T)
+
+
+@pytest.mark.parametrize("lag", [0, 8, 40])
+def test_an_ar1_video_has_its_law_under_any_schedule(lag):
+    """The exact denoiser of frames at their own levels: mean and covariance of 8,000 videos, 40 evaluations a frame."""
+    table = solvers.unipc(2)(P, times.uniform(P, 40))
+    mean, cov = moments(schedules.scheduled(table, schedules.staircase(F, 40, lag)), 8000)
+    assert np.abs(mean - VIDEO.mean).max() < 4 / np.sqrt(8000)
+    assert np.abs(cov - COV).max() < 4 * np.sqrt(2 / 8000)
+
+
+@pytest.mark.parametrize("known", [[True, False, False, False], [True, False, False, True]])
+def test_given_frames_condition_the_others_exactly(known):
+    """Image to video, and interpolation: mean and covariance of the rest are the conditional Gaussian's."""
+    known = np.array(known)
+    M = schedules.given(schedules.synchronous(F, 40), known)
+    x = jnp.where(known, 1.3, P.prior(jax.random.key(3), (8000, F)))
+    T = schedules.scheduled(solvers.unipc(2)(P, times.uniform(P, 40)), M)
+    found = np.asarray(jdiff.sample(VIDEO.denoiser(P), T, x), np.float64)
+    np.testing.assert_array_equal(found[:, known], np.float32(1.3))
+    a, b = ~known, known
+    gain = COV[np.ix_(a, b)] @ np.linalg.inv(COV[np.ix_(b, b)])
+    mean = VIDEO.mean[a] + gain @ (1.3 - VIDEO.mean[b])
+    cov = COV[np.ix_(a, a)] - gain @ COV[np.ix_(b, a)]
+    assert np.abs(found[:, a].mean(0) - mean).max() < 4 * np.sqrt(np.diag(cov).max() / 8000) + 2e-3
+    assert np.abs(np.cov(found[:, a].T) - cov).max() < 4 * np.sqrt(2 / 8000) * np.diag(cov).max() + 2e-3
+
+
+def test_elements_may_start_lower():
+    """Holes from pure noise, warped pixels from their own lower level, in one program: each its own solver's sample."""
+    model = exact.gaussian(np.zeros(F), np.linspace(0.2, 1.4, F))
+    solver, part = solvers.unipc(2), 2
+    tables = [solver(P, GRID), solver(P, GRID[part:])]
+    which = np.array([0, 1, 1, 0])
+    M = np.clip(np.arange(K + 1)[:, None] - part * which, 0, K - part * which)
+    found = np.asarray(jdiff.sample(model.denoiser(P), schedules.scheduled(tables, M, which), noise()))
+    each = [np.asarray(jdiff.sample(model.denoiser(P), T, noise())) for T in tables]
+    np.testing.assert_allclose(found, np.where(which == 0, *each), rtol=0, atol=1e-12)
+
+
+def test_stochastic_solvers_and_frames_along_an_axis():
+    """DDPM under a staircase on (frames, h, w, c): every frame keeps the law of its own sampler."""
+    table = solvers.ddpm()(P, times.uniform(P, 20))
+    T = schedules.along(schedules.scheduled(table, schedules.staircase(3, 20, 5)), 0, rank=4)
+    model = jdiff.denoiser(lambda x, t: x * (1 - t) / ((1 - t) ** 2 + t * t), P, "x0")  # N(0, 1), any time
+    found = np.asarray(jdiff.sample(model, T, P.prior(jax.random.key(0), (250, 3, 4, 4, 1)), jax.random.key(1)))
+    law = exact.gaussian([0.0], 1.0).law(table, np.zeros(1), np.eye(1))[1][0, 0]
+    var = found.var((0, 2, 3, 4))
+    assert np.abs(var / law - 1).max() < 4 * np.sqrt(2 / 4000), (var, law)
+
+
+# Streams ------------------------------------------------------------------------------------------------------------
+def test_stream_batch_is_sequential_denoising():
+    """One call a frame, and each frame as if alone (to 1e-5); ready after K pushes."""
+    table, calls = solvers.unipc(2)(P, GRID), []
+
+    def network(x, t):
+        calls.append(t.shape)
+        return jnp.tanh(x) * (1.0 - t) - x
+
+    model = jdiff.denoiser(network, P, "velocity")
+    machine = schedules.stream(model, table)
+    z = P.prior(jax.random.key(0), (10, 3))[:, None]
+    frames, ready = schedules.streaming.run(machine, z)
+    assert calls == [(K, 1)]  # traced once: one call a push, on the whole buffer, a time a row
+    np.testing.assert_array_equal(ready, np.arange(1, 11) >= K)
+    alone = np.asarray(jdiff.sample(model, table, z[:, 0]))
+    np.testing.assert_allclose(np.asarray(frames)[K - 1 :, 0], alone[: 10 - K + 1], rtol=0, atol=1e-5)
+
+
+def test_stream_of_a_window_of_frames():
+    """Along an axis of the sample the buffer is a window: oldest, and cleanest, first."""
+    table = solvers.ddim()(P, GRID)
+    seen = []
+
+    def network(x, t):
+        seen.append(t)
+        return -x * jnp.ones_like(t)
+
+    machine = schedules.stream(jdiff.denoiser(network, P, "velocity"), table, axis=1)
+    window = machine.init(jnp.zeros((2, 1, 3), jnp.float32))
+    window, frame, ready = machine.push(None, window, jnp.ones((2, 1, 3), jnp.float32))
+    assert window.registers[0].shape == (2, K, 3) and frame.shape == (2, 1, 3) and not ready
+    np.testing.assert_allclose(seen[0][:, 0], GRID[:-1][::-1], rtol=1e-6)
+    with pytest.raises(ValueError, match=r"length 1 along axis 1; got shape \(2, 2, 3\)"):
+        machine.init(jnp.zeros((2, 2, 3)))
+
+
+def test_stochastic_streams_keep_the_law():
+    table = solvers.ddpm()(P, times.uniform(P, 10))
+    model = exact.gaussian([0.5], 0.4)
+    machine = schedules.stream(model.denoiser(P), table, axis=1)
+    lifted = jdiff.denoiser(
+        lambda x, t: model.denoiser(P)(x.reshape(-1, 1), jnp.broadcast_to(t, x.shape).reshape(-1, 1)).reshape(x.shape),
+        P,
+        "x0",
+    )
+    machine = schedules.stream(lifted, table, axis=1)
+    frames, _ = schedules.streaming.run(
+        machine, P.prior(jax.random.key(0), (14, 1000, 1)).reshape(14, 1000, 1), jax.random.key(1)
+    )
+    found = np.asarray(frames)[9:].ravel()
+    mean, cov = model.law(table, np.zeros(1), np.eye(1))
+    assert abs(found.mean() - mean[0]) < 4 * np.sqrt(cov[0, 0] / 5000)
+    assert abs(found.var() / cov[0, 0] - 1) < 4 * np.sqrt(2 / 5000)
+
+
+# Training times -----------------------------------------------------------------------------------------------------
+def drawn(law, n=20_000):
+    return np.asarray(jax.jit(jax.vmap(law))(jax.random.split(jax.random.key(0), n)))
+
+
+def counted(levels):
+    return np.array(list(itertools.combinations_with_replacement(range(levels), 3)))
+
+
+def test_monotone_times_are_uniform_over_sequences():
+    """T = 4, F = 3: all 20 non-decreasing sequences alike (chi-square)."""
+    level = np.floor(drawn(training.monotone(3, 4)) * 4).astype(int)
+    assert (np.diff(level, axis=1) >= 0).all()
+    each = counted(4)
+    found = [(level == s).all(1).sum() for s in each]
+    assert len(each) == 20 and chisquare(found).pvalue > 1e-3
+
+
+def test_fopp_counts_paths():
+    """Through a uniform frame and level, uniform over the sequences: enumerated; pooled histogram as published."""
+    level = np.floor(drawn(training.fopp(3, 4)) * 4).astype(int)
+    assert (np.diff(level, axis=1) >= 0).all()
+    each = counted(4)
+    through = lambda f, i: (each[:, f] == i) / (each[:, f] == i).sum()
+    p = np.mean([through(f, i) for f in range(3) for i in range(4)], axis=0)
+    assert chisquare([(level == s).all(1).sum() for s in each], 20_000 * p).pvalue > 1e-3
+    t = drawn(training.fopp(8, 20))
+    hist = np.histogram(t, 20, (0, 1))[0] / (t.size / 20)
+    assert hist.min() > 0.7 and hist.max() < 1.8  # 0.74 to 1.76
+    np.testing.assert_allclose(t.mean(0)[[0, -1]], [0.17, 0.83], atol=0.02)
+
+
+def test_other_laws():
+    shared = drawn(training.grouped([0, 0, 1]), 2000)
+    assert (shared[:, 0] == shared[:, 1]).all() and abs(np.corrcoef(shared[:, 0], shared[:, 2])[0, 1]) < 0.1
+    assert kstest(shared[:, 2], "uniform").pvalue > 1e-3
+    ptss = drawn(training.ptss(3, 0.2), 4000)
+    alike = (ptss[:, 0] == ptss[:, 1]).mean()
+    assert abs(alike - 0.8) < 4 * 0.4 / np.sqrt(4000) and kstest(ptss[:, 2], "uniform").pvalue > 1e-3
+    sfd = drawn(training.semantic_first(np.array([True, False]), 0.3), 4000)
+    lead = sfd[:, 1] - sfd[:, 0]
+    assert lead.min() >= 0 and lead.max() < 0.3 + 1e-6 and (np.abs(lead - 0.3) < 1e-6).mean() > 0.5
+    same = drawn(training.semantic_first(np.array([True, False]), 0.0), 100)
+    np.testing.assert_array_equal(same[:, 0], same[:, 1])
+    for make, match in (
+        (functools.partial(training.ptss, 3, 1.5), "p is 1.5"),
+        (functools.partial(training.monotone, 0, 4), "at least one frame"),
+        (functools.partial(training.grouped, [0.5]), "expected integers from 0"),
+        (functools.partial(training.semantic_first, np.array([1, 0])), "boolean mask"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            make()
+
+
+def test_the_loss_weighs_each_element_at_its_own_time():
+    """Against the sum written out in NumPy; equal times are the scalar loss."""
+    x0 = jax.random.normal(jax.random.key(1), (6, F), jnp.float32)
+    apply = lambda params, x, t, y: params * x * (1 - t)
+    law = training.monotone(F, 10)
+    loss = losses.denoising_loss(apply, P, "x0", weighting="flow", elements=law)
+    found = np.asarray(loss(0.7, jax.random.key(2), x0))
+    keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(jax.random.key(2), 0), i))(jnp.arange(6))
+    t = np.asarray(losses.uniform(P)(jax.vmap(law)(keys)), np.float64)
+    eps = np.asarray(P.noise(jax.random.fold_in(jax.random.key(2), 1), x0), np.float64)
+    x0 = np.asarray(x0, np.float64)
+    x = (1 - t) * x0 + t * eps
+    error = (0.7 * x * (1 - t) - x0) / t  # of dx/dt = (x - x0) / t
+    np.testing.assert_allclose(found, np.mean(error**2, 1), rtol=1e-4)
+    video = jnp.zeros((2, 3, 4, 4, 1), jnp.float32)
+    wrong = losses.denoising_loss(apply, P, "x0", elements=training.monotone(5, 10))
+    with pytest.raises(ValueError, match=r"times of shape \(5,\), which do not broadcast against .* \(4,\)"):
+        wrong(0.7, jax.random.key(2), video[:, 0, 0, :, 0])
+    seen = []
+    apply = lambda params, x, t, y: seen.append(t.shape) or x
+    loss = losses.denoising_loss(apply, P, "x0", elements=training.along(training.ptss(3), 0, rank=4))
+    loss(0, jax.random.key(0), video)
+    assert seen == [(2, 3, 1, 1, 1)]
