@@ -65,3 +65,11 @@ def test_interpolants():
     assert found["likelihood"] < 1e-3
     for measured, true in found["bridge"].values():
         assert abs(measured - true) < 4 * (0.3 * 0.6 + true**2) ** 0.5 / 1000**0.5
+
+
+def test_video_schedules():
+    found = execute("video_schedules")
+    errors = found["errors"]
+    assert errors["lag 1: pyramid"] < errors["together"] < 0.2  # the pyramid is the better integrator here
+    assert found["interpolation"] < 4 / 2000**0.5 and found["stream"] < 1e-5
+    assert found["ready"] == 40 - 8 + 1
