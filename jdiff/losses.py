@@ -192,11 +192,11 @@ def denoising_loss(
         if len(ranks := {leaf.ndim for leaf in leaves}) > 1:
             raise ValueError(f"the sample's arrays have {sorted(ranks)} axes; one time a sample needs the same number")
         t = sampler(u).reshape(*u.shape[:1], *[1] * (leaves[0].ndim - u.ndim), *u.shape[1:])
-        for leaf in leaves:
-            if len(t.shape) != leaf.ndim or any(a not in (1, b) for a, b in zip(t.shape, leaf.shape, strict=True)):
+        for part in leaves:
+            if t.ndim != part.ndim or any(a not in (1, b) for a, b in zip(t.shape, part.shape, strict=True)):
                 raise ValueError(
                     f"elements gives times of shape {u.shape[1:]}, which do not broadcast against a sample of shape "
-                    f"{leaf.shape[1:]}; see schedules.training.along"
+                    f"{part.shape[1:]}; see schedules.training.along"
                 )
         eps = process.kernel(noise_key, x0, index)
         x = process.mix(x0, eps, t)

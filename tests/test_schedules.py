@@ -156,6 +156,17 @@ def test_given_frames_condition_the_others_exactly(known):
     assert np.abs(np.cov(found[:, a].T) - cov).max() < 4 * np.sqrt(2 / 8000) * np.diag(cov).max() + 2e-3
 
 
+def test_a_modality_left_as_noise_says_nothing():
+    """UniDiffuser's marginals: the given elements are noise, seen at t_max; the others' law is their marginal."""
+    known = np.array([True, False, False, True])
+    M = schedules.given(schedules.synchronous(F, 40), known)
+    T = schedules.scheduled(solvers.unipc(2)(P, times.uniform(P, 40)), M, end=P.t_max)
+    mean, cov = moments(T, 8000)
+    assert np.abs(mean - VIDEO.mean)[~known].max() < 4 / np.sqrt(8000) + 2e-3
+    inner = np.ix_(~known, ~known)
+    assert np.abs(cov - COV)[inner].max() < 4 * np.sqrt(2 / 8000) and np.abs(cov[0, 1]) < 4 / np.sqrt(8000)
+
+
 def test_elements_may_start_lower():
     """Holes from pure noise, warped pixels from their own lower level, in one program: each its own solver's sample."""
     model = exact.gaussian(np.zeros(F), np.linspace(0.2, 1.4, F))

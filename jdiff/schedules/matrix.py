@@ -109,7 +109,8 @@ def scheduled(tables: Tableau | Sequence[Tableau], M: Any, which: Any = 0, *, en
              start at other noise levels: `solver(process, times[j:])` from x at times[j], as warped pixels do that are
              to be revised and holes that are to be filled (WorldWarp), beside others from pure noise
     M        (calls + 1, *elements); see `check`. Elements known from the start (`given`) hold their value
-    end      the time at which the network sees elements that are done
+    end      the time at which the network sees elements that are done or given. process.t_max, with noise in their
+             places: they say nothing, and the others get their marginal law (UniDiffuser)
     ValueError for a matrix that does not fit, tables of several processes or with coefficients an element already.
     """
     tables = [tables] if isinstance(tables, Tableau) else list(tables)
