@@ -179,6 +179,19 @@ def test_elements_may_start_lower():
     np.testing.assert_allclose(found, np.where(which == 0, *each), rtol=0, atol=1e-12)
 
 
+def test_given_elements_of_a_shorter_solver():
+    """A known pixel whose own solver is shorter than the others': done at its own count, and untouched."""
+    solver, part = solvers.unipc(2), 2
+    tables, which = [solver(P, GRID), solver(P, GRID[part:])], np.array([0, 1, 1, 0])
+    M = np.clip(np.arange(K + 1)[:, None] - part * which, 0, K - part * which)
+    M = schedules.given(M, np.array([False, True, False, False]))
+    np.testing.assert_array_equal(M[0], [0, K - part, 0, 0])
+    T = schedules.scheduled(tables, M, which)
+    np.testing.assert_array_equal(T.t[:, 1], 0.0)
+    np.testing.assert_array_equal(T.A[:, 0, 0, 1], 1.0)
+    assert not np.any(T.B[..., 1]) and T.h0[0, 1] == 1
+
+
 def test_stochastic_solvers_and_frames_along_an_axis():
     """DDPM under a staircase on (frames, h, w, c): every frame keeps the law of its own sampler."""
     table = solvers.ddpm()(P, times.uniform(P, 20))

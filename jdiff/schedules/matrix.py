@@ -48,12 +48,13 @@ def given(M: np.ndarray, known: Any) -> np.ndarray:
     known: boolean, shaped like M's elements. Their clean values go into the starting noise in their places, and come
     out untouched (FVDM, Liu et al. 2024, arXiv 2410.03160). Calls in which nothing else moves are dropped.
     """
-    known, elements = np.asarray(known), np.shape(M)[1:]
+    M, known = np.asarray(M), np.asarray(known)
+    elements = M.shape[1:]
     if known.dtype != bool or known.shape != elements:
         raise ValueError(f"given: known is {known.dtype} of shape {known.shape}; expected bool of shape {elements}")
     if known.all():
         raise ValueError("given: all elements are known; there is nothing to sample")
-    M = np.where(known, np.max(M), M)
+    M = np.where(known, M[-1], M)  # its own last count: elements may have solvers of several lengths
     moves = np.any(np.diff(M, axis=0).reshape(len(M) - 1, -1) > 0, axis=1)
     return np.concatenate([M[:1], M[1:][moves]])
 
