@@ -169,7 +169,8 @@ def cell(context: Context, name: str, seed: int) -> dict[str, Any]:
     if row is None:
         found = RING.sample(keys[0], settings.n)
     else:
-        model, fields = MODELS[row.gamma], context.fields(row, seed)
+        model = MODELS[row.gamma]
+        fields: dict[str, Any] = context.fields(row, seed)
         x0, x1 = model.ends(keys[0], settings.n)
         grid = times.uniform(process.flow(), settings.sampling_steps)
         drift, table = interpolants.stochastic(model.interpolant, grid, row.eps, forward=row.forward, **fields)

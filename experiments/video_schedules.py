@@ -123,7 +123,7 @@ CLAIMS = (
 
 
 def finish(settings: Settings, cells: Mapping[tuple[str, Any], reproduce.Cell], out: Path) -> Sequence[str]:
-    e = lambda row, column, what="covariance error": cells[row, column].get(what)
+    e: Callable[..., Any] = lambda row, column, what="covariance error": cells[row, column].get(what)
     rows = [
         [name, *(str(e(f"{name}, UniPC-2", 20, what)) for what in ("network calls", "calls to the first frame"))]
         + [str(e(f"{name}, UniPC-2", 20, "frames a call, most"))]

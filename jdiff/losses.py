@@ -185,10 +185,10 @@ def denoising_loss(
         n, dtype = leaves[0].shape[0], wide(leaves[0].dtype)
         index = jnp.arange(n, dtype=jnp.int32) if index is None else index
         time_key, noise_key, label_key = (jax.random.fold_in(key, i) for i in range(3))
-        if elements is None:
+        if (law := elements) is None:
             u = uniforms(time_key, index, stratified, dtype)
         else:
-            u = jax.vmap(lambda i: elements(jax.random.fold_in(time_key, i)))(index).astype(dtype)
+            u = jax.vmap(lambda i: law(jax.random.fold_in(time_key, i)))(index).astype(dtype)
         if len(ranks := {leaf.ndim for leaf in leaves}) > 1:
             raise ValueError(f"the sample's arrays have {sorted(ranks)} axes; one time a sample needs the same number")
         t = sampler(u).reshape(*u.shape[:1], *[1] * (leaves[0].ndim - u.ndim), *u.shape[1:])

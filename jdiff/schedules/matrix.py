@@ -103,15 +103,16 @@ def latency(M: np.ndarray) -> np.ndarray:
 
 
 # Solvers under them -------------------------------------------------------------------------------------------------
-def scheduled(tables: Tableau | Sequence[Tableau], M: Any, which: Any = 0, *, end: float = 0.0) -> Tableau:
+def scheduled(tables: Tableau | Sequence[Tableau], M: Any, which: Any = 0, *, end: Any = 0.0) -> Tableau:
     """The tableau whose element e makes its own evaluations when M says so.
 
     tables   a scalar tableau (solver(process, times)), or several: element e runs tables[which[e]]. So elements may
              start at other noise levels: `solver(process, times[j:])` from x at times[j], as warped pixels do that are
              to be revised and holes that are to be filled (WorldWarp), beside others from pure noise
     M        (calls + 1, *elements); see `check`. Elements known from the start (`given`) hold their value
-    end      the time at which the network sees elements that are done or given. process.t_max, with noise in their
-             places: they say nothing, and the others get their marginal law (UniDiffuser)
+    end      the time at which the network sees elements that are done or given; a number, or one an element. Given ones
+             with noise in their places and end = process.t_max say nothing: the others get their marginal law
+             (UniDiffuser)
     ValueError for a matrix that does not fit, tables of several processes or with coefficients an element already.
     """
     tables = [tables] if isinstance(tables, Tableau) else list(tables)
@@ -128,8 +129,9 @@ def scheduled(tables: Tableau | Sequence[Tableau], M: Any, which: Any = 0, *, en
             f"scheduled: which goes from {index.min()} to {index.max()}, and there are {len(tables)} tables"
         )
     M = check(M, np.asarray([T.nfe for T in tables])[index])
-    columns = np.concatenate([index.reshape(1, -1), M.reshape(len(M), -1)]).T
-    each = {tuple(c): _stretched(tables[c[0]], c[1:], end) for c in np.unique(columns, axis=0)}
+    ends, seen = np.unique(np.broadcast_to(np.asarray(end, np.float64), elements), return_inverse=True)
+    columns = np.concatenate([index.reshape(1, -1), seen.reshape(1, -1), M.reshape(len(M), -1)]).T
+    each = {tuple(c): _stretched(tables[c[0]], c[2:], float(ends[c[1]])) for c in np.unique(columns, axis=0)}
     out = stack([each[tuple(c)] for c in columns], elements)
     first, calls = tables[0].record, len(M) - 1
     names = tuple(("x",) + ("u",) * (R - 1) for _ in range(calls + 1))

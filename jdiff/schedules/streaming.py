@@ -46,7 +46,8 @@ def stream(denoiser: Denoiser, table: Tableau, axis: int = 0) -> Stream:
     axis   that of the elements in what the network sees: 0, the batch; or an axis of the sample, counted with the batch
     Noise of one frame has length 1 there. A solver that draws noise needs a key a push; an element's draws depend on
     the pushes' keys and on its place. ValueError for a table an element, or a denoiser that remembers (caches,
-    momentum): its memory would belong to places, not to frames.
+    momentum): its memory would belong to places, not to frames. The buffer starts with zeros: where frames see each
+    other, the first K - 1 whole frames had empty places beside them for a while.
     """
     if np.ndim(table.t) != 1 or np.ndim(table.A) != 3:
         raise ValueError(f"stream: {table.record.name} has coefficients an element; expected a scalar tableau")

@@ -67,7 +67,8 @@ def fopp(frames: int, levels: int) -> Law:
     """AR-Diffusion's FoPP (Sun et al. 2025, arXiv 2503.07418): one frame's level uniform, the rest by counting paths.
 
     A frame f and its level are uniform; then each next frame has a level drawn by the number of non-decreasing
-    completions behind it, and each previous one by those before it: uniform over the sequences through (f, level).
+    completions behind it, and each previous one by those before it: uniform over the sequences through (f, level). That
+    is another law than `monotone`: with 3 frames and 4 levels 0.61 to 2.25 times as much on a sequence.
     """
     _counts(frames, levels)
     ahead = np.ones((frames, levels))  # ahead[j, i]: completions of frames j + 1 .. from level i of frame j
@@ -116,7 +117,9 @@ def semantic_first(semantic: Any, offset: float = 0.3, mean: float = 0.0, std: f
 
     def law(key: Array) -> Array:
         u = jax.nn.sigmoid(mean + std * jax.random.normal(key, (), jnp.float32))
-        return 1.0 - jnp.where(mask, jnp.minimum(1.0, u * (1 + offset)), jnp.maximum(0.0, u * (1 + offset) - offset))
+        ahead = u * (1 + offset)
+        t = 1.0 - jnp.where(mask, jnp.minimum(1.0, ahead), jnp.maximum(0.0, ahead - offset))
+        return jnp.clip(t, 2.0**-24, 1.0 - 2.0**-24)
 
     return law
 

@@ -36,7 +36,7 @@ def moving_shapes(n: int, frames: int = 8, size: int = 8, seed: int = 0, radius:
     shape = (draws[:, 4] < 0.5).astype(np.int32)
     rows, columns = (np.abs(np.arange(size) - centre[..., k, None]) for k in (0, 1))
     rows, columns = rows[..., :, None], columns[..., None, :]
-    disc, square = np.hypot(rows, columns), np.maximum(rows, columns) + 0 * rows
+    disc, square = np.hypot(rows, columns), np.maximum(rows, columns)
     distance = np.where(shape[:, None, None, None] == 0, disc, square)
     picture = 2.0 * np.clip(radius + 0.5 - distance, 0.0, 1.0) - 1.0
     return Clips(picture[..., None].astype(np.float32), centre, shape)
