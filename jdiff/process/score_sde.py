@@ -81,8 +81,8 @@ def ve(sigma_min: float = 0.01, sigma_max: float = 50.0, t_min: float = 1e-3) ->
 def subvp(beta_min: float = 0.1, beta_max: float = 20.0, t_min: float = 1e-2) -> Process:
     """Sub-VP: alpha of `vp_linear`, sigma = 1 - alpha^2 (eq. 29).
 
-    sigma falls like t, not like its root: 1e-4 at the official code's last time 1e-3, where tables get coefficients past
-    what `validate` allows. Hence the larger t_min.
+    sigma falls like t, not like its root: 1e-4 at the official code's last time 1e-3, where tables get coefficients
+    past what `validate` allows. Hence the larger t_min.
     """
     if not 0 < beta_min < beta_max:
         raise ValueError(f"subvp: expected 0 < beta_min < beta_max, got {beta_min=}, {beta_max=}")
