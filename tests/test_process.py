@@ -81,7 +81,8 @@ def test_known_values():
     subvp = PROCESSES["subvp"]  # appendix B: sigma = 1 - exp(-integral of beta)
     assert subvp.sigma(1.0) == pytest.approx(1 - np.exp(-10.05), rel=1e-12)
     np.testing.assert_allclose(PROCESSES["ve"].sigma([0.5, 1.0]) ** 2, [0.01 * 50 - 1e-4, 2500 - 1e-4], rtol=1e-12)
-    assert [q.prior_std for q in list(PROCESSES.values())[:6]] == [1, 1, 1, 1, 80, 1]
+    ve = PROCESSES["ve"].sigma(1.0)
+    assert [q.prior_std for q in PROCESSES.values()] == [1, 1, 1, 1, 80, 1, ve, subvp.sigma(1.0), 80, 1]
 
 
 def test_shifts_compose_and_move_the_log_snr():

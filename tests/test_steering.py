@@ -63,6 +63,9 @@ def test_lambda_zero_changes_nothing():
     args = MODEL.denoiser(P), TABLE, x, jax.random.key(1)
     out = steering.sample(*args, steering.fk(linear, 0.0))
     np.testing.assert_allclose(out.x, jdiff.sample(*args), rtol=0, atol=2e-6)  # two programs: fused differently
+    with jax.disable_jit():  # operation by operation: to the last bit
+        few = MODEL.denoiser(P), solvers.ddpm()(P, times.logsnr(P, 2)), x, jax.random.key(1)
+        np.testing.assert_array_equal(steering.sample(*few, steering.fk(linear, 0.0)).x, jdiff.sample(*few))
     np.testing.assert_array_equal(out.info.ancestors, np.broadcast_to(np.arange(64), (40, 1, 64)))  # nobody moved
     np.testing.assert_array_equal(out.log_w, 0)
     assert not np.asarray(out.info.resampled).any() and out.log_z[0] == 0
