@@ -1,7 +1,7 @@
 """Digits as 16 tokens, 16 codes of 2 x 2 patches found by k-means; a small transformer over them; scores of samples."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import optax
 from einops import rearrange
 from flax import nnx
 
-from jdiff import data, metrics
+from jdiff import data, discrete, metrics
 from jdiff.nets import dit, layers
 
 CODES, LENGTH = 16, 16
@@ -63,6 +63,17 @@ def score(tokens: np.ndarray) -> dict[str, float]:
     return {"Fréchet distance": distance(found), "floor": distance(_features("train", True))}
 
 
+def summary(scores: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    """Mean of `score` over seeds with its standard error (None of one seed)."""
+    distances = [found["Fréchet distance"] for found in scores]
+    error = float(np.std(distances, ddof=1) / np.sqrt(len(distances))) if len(distances) > 1 else None
+    return {
+        "Fréchet distance": float(np.mean(distances)),
+        "Fréchet distance se": error,
+        "floor": scores[0]["floor"],
+    }
+
+
 class TokenNet(nnx.Module):
     """Logits (b, 16, 16) of the clean tokens, from tokens in 0 .. 16 and a time that broadcasts against them."""
 
@@ -86,6 +97,11 @@ class TokenNet(nnx.Module):
 
 
 Network = Callable[[Any, Any], Any]
+
+
+def time_free(apply: Callable[..., Any]) -> Callable[..., Any]:
+    """The masked loss of a network that never sees the time; "count", which has no 1 / t."""
+    return discrete.masked_loss(lambda params, x, t: apply(params, x, 0 * t), CODES, form="count")
 
 
 def trained(make_loss: Callable[..., Any], steps: int, seed: int, file: Path) -> Network:

@@ -49,7 +49,7 @@ class Context:
     def network(self, name: str, seed: int) -> _tokens.Network:
         if (name, seed) not in self.models:
             make = (
-                (lambda apply: discrete.masked_loss(lambda p, x, t: apply(p, x, 0 * t), _tokens.CODES, form="count"))
+                _tokens.time_free
                 if name == "time-free"
                 else (lambda apply: discrete.vlb_loss(apply, MaskReplace(_tokens.CODES, SHARES[name]), steps=T))
             )
@@ -106,12 +106,8 @@ def cell(context: Context, row: str, evaluations: int) -> dict[str, Any]:
         used = len(grid)
         found.append(_tokens.score(state.x))
         late.append(float((np.asarray(info.x[-1]) == process.mask).mean()))
-    distances = [f["Fréchet distance"] for f in found]
-    error = float(np.std(distances, ddof=1) / np.sqrt(len(distances))) if len(distances) > 1 else None
     return {
-        "Fréchet distance": float(np.mean(distances)),
-        "Fréchet distance se": error,
-        "floor": found[0]["floor"],
+        **_tokens.summary(found),
         "masks before the last step": float(np.mean(late)),
         "evaluations": used,
     }

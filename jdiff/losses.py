@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
+from jdiff import noise
 from jdiff.denoiser import cast_like
 from jdiff.predict import check_kind, wide
 from jdiff.process import Process
@@ -77,7 +78,7 @@ def uniforms(
         bits = jax.random.bits(key, (), jnp.uint32) + index * jnp.uint32(2654435769)
     else:
         bits = jax.vmap(lambda i: jax.random.bits(jax.random.fold_in(key, i), (), jnp.uint32))(index)
-    return ((bits >> 9).astype(jnp.float32 if dtype is None else dtype) + 0.5) * 2.0**-23
+    return noise.fraction(bits, jnp.float32 if dtype is None else dtype)
 
 
 # ----------------------------------------------------------------------------------------------------- weights

@@ -6,6 +6,7 @@ last digit of the normal made of them may be rounded otherwise where XLA compile
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,11 @@ def each(key: Array, n: int, index: Integer[Array, " batch"] | None, draw: Calla
     """draw(fold_in(key, index[i])) for each of n samples, stacked; `index` as in `normal`."""
     index = jnp.arange(n, dtype=jnp.uint32) if index is None else index.astype(jnp.uint32)
     return jax.vmap(lambda i: draw(jax.random.fold_in(key, i)))(index)
+
+
+def fraction(bits: Array, dtype: Any = jnp.float32) -> Array:
+    """uint32 bits -> a number in the open interval (0, 1) made of 23 of them, so that float32 reaches neither end."""
+    return ((bits >> 9).astype(dtype) + 0.5) * 2.0**-23
 
 
 def _rows(key: Array, leaf, index) -> Array:

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from jdiff import noise
+
 Law = Callable[[Array], Float[Array, "*elements"]]
 
 
@@ -130,9 +132,7 @@ def _counts(frames: int, levels: int) -> None:
 
 
 def _uniform(key: Array, shape: tuple[int, ...]) -> Array:
-    """In the open interval (0, 1): float32 reaches neither end."""
-    bits = jax.random.bits(key, shape, jnp.uint32)
-    return ((bits >> 9).astype(jnp.float32) + 0.5) * jnp.float32(2.0**-23)
+    return noise.fraction(jax.random.bits(key, shape, jnp.uint32))
 
 
 def _number(level: Array, levels: int, key: Array) -> Array:
