@@ -6,7 +6,6 @@ A small MLP on the 8 x 8 digits (N = 64), the same for every D, EDM's preconditi
 NFE 35). Then noise is injected at every step, x <- x + a sigma xi, or weights are rounded to 6 or 4 bits.
 """
 
-import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,16 +14,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 import jdiff
-from jdiff import data, losses, metrics, process, reproduce, times
-from jdiff.denoiser import edm_precondition
+from jdiff import process, reproduce, times
+from jdiff.experiments import _mlp
 from jdiff.experiments._claims import Claim
-from jdiff.process import Process
 from jdiff.reproduce import Published, Table
 
-SEEDS, SIGMA_DATA = (0, 1, 2), 0.75
+SEEDS = (0, 1, 2)
 DIMENSIONS = {"D = 16": 16.0, "D = 64": 64.0, "D = 128": 128.0, "D = inf": np.inf}
 BITS = (6, 4)
 ROWS = (*DIMENSIONS, *(f"{name}, {bits} bits" for bits in BITS for name in DIMENSIONS))
@@ -39,49 +36,6 @@ class Settings:
     n: int = 1000  # samples a model
     steps: int = 2000  # of training, batches of 128
     width: int = 128
-
-
-def net(params: list[dict[str, jax.Array]], x: jax.Array, t: jax.Array, y: None = None) -> jax.Array:
-    """Residual MLP on flat digits; every layer sees the time's Fourier features."""
-    w = 2.0 ** jnp.arange(6, dtype=x.dtype)
-    angle = jnp.broadcast_to(t, (len(x), 1)) * w
-    time = jnp.concatenate([jnp.cos(angle), jnp.sin(angle), jnp.ones_like(angle)], 1)
-    first, *middle, last = params
-    h = x @ first["w"] + time @ first["t"]
-    for layer in middle:
-        h = h + jax.nn.silu(h @ layer["w"] + time @ layer["t"]) @ layer["out"]
-    return jax.nn.silu(h) @ last["w"] + time @ last["t"]
-
-
-def init(key: jax.Array, width: int, layers: int = 3) -> list[dict[str, jax.Array]]:
-    draw = lambda i, a, b, gain=1.0: gain * jax.random.normal(jax.random.fold_in(key, i), (a, b)) / np.sqrt(a)
-    middle = [
-        {"w": draw(3 * i + 1, width, width), "t": draw(3 * i + 2, 18, width), "out": draw(3 * i + 3, width, width, 0.3)}
-        for i in range(layers)
-    ]
-    first = {"w": draw(100, 64, width), "t": draw(101, 18, width)}
-    return [first, *middle, {"w": draw(102, width, 64, 0.1), "t": draw(103, 18, 64, 0.1)}]
-
-
-@functools.partial(jax.jit, static_argnums=(0, 3))
-def trained(p: Process, digits: jax.Array, params: Any, steps: int, key: jax.Array) -> Any:
-    """Adam, cosine rate from 2e-3; the moving average of the parameters."""
-    network = edm_precondition(net, p, SIGMA_DATA)
-    loss = losses.denoising_loss(
-        network, p, "x0", weighting="edm", time=losses.log_normal(p), sigma_data=SIGMA_DATA, stratified=True
-    )
-    optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(optax.cosine_decay_schedule(2e-3, steps)))
-
-    def step(carry: Any, key: jax.Array) -> tuple[Any, None]:
-        params, average, state = carry
-        batch = digits[jax.random.randint(key, (128,), 0, len(digits))]
-        slope = jax.grad(lambda q: loss(q, key, batch).mean())(params)
-        change, state = optimiser.update(slope, state)
-        params = optax.apply_updates(params, change)
-        average = jax.tree.map(lambda a, q: 0.998 * a + 0.002 * q, average, params)
-        return (params, average, state), None
-
-    return jax.lax.scan(step, (params, params, optimiser.init(params)), jax.random.split(key, steps))[0][1]
 
 
 def rounded(params: Any, bits: int) -> Any:
@@ -116,9 +70,7 @@ class Context:
 
 
 def prepare(settings: Settings) -> Context:
-    images = jnp.asarray(data.from_uint8(data.load("digits", split="train").images, 16))
-    reference = metrics.embed(metrics.digit_features(), data.load("digits", split="test"))
-    return Context(settings, images.reshape(len(images), 64), reference, {})
+    return Context(settings, _mlp.digits()[0], _mlp.reference(), {})
 
 
 def cell(context: Context, row: str, strength: float) -> dict[str, Any]:
@@ -133,13 +85,12 @@ def cell(context: Context, row: str, strength: float) -> dict[str, Any]:
     for seed in SEEDS:
         key = jax.random.key(seed)
         if (name, seed) not in context.models:
-            start = init(jax.random.fold_in(key, 1), settings.width)
-            context.models[name, seed] = trained(p, context.digits, start, settings.steps, key)
+            start = _mlp.init(jax.random.fold_in(key, 1), settings.width)
+            context.models[name, seed] = _mlp.trained(p, context.digits, start, settings.steps, key)
         params = rounded(context.models[name, seed], bits) if bits else context.models[name, seed]
-        den = jdiff.denoiser(edm_precondition(net, p, SIGMA_DATA), p, "x0", params=params)
+        den = _mlp.denoiser(p, params)
         x = jdiff.sample(den, table, p.prior(jax.random.fold_in(key, 2), (settings.n, 64)), jax.random.fold_in(key, 3))
-        images = np.clip(np.asarray(x), -1, 1).reshape(-1, 8, 8, 1)
-        features = metrics.embed(metrics.digit_features(), images, batch_size=settings.n)
+        features = _mlp.features(np.asarray(x))
         found.append(score(features, context.reference)["Fréchet distance"])
     error = float(np.std(found, ddof=1) / np.sqrt(len(SEEDS)))
     each = {f"seed {s}": v for s, v in zip(SEEDS, found, strict=True)}
