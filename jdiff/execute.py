@@ -90,7 +90,7 @@ def stepper(
         return State(tuple(combine(r, terms) for r in range(R)), denoiser.init(x))
 
     def step(key: Array | None, state: State, row: Rows) -> tuple[State, Info]:
-        x, t = state.x, model_time(row.t, state.x)
+        x, t = state.x, process.told(model_time(row.t, state.x))
         out, carry = denoiser.apply(x, t, state.carry)
         outs = (out,) if row.B.shape[1] == 1 else tuple(out)
         outs = tuple(convert(process, x, t, cast_like(o, x), denoiser.prediction, prediction) for o in outs)

@@ -140,6 +140,11 @@ def drop_labels(
     return jnp.where(uniforms(key, index) < probability, jnp.asarray(null_label, y.dtype), y)
 
 
+def _beside(t: Array, leaf: Array) -> Array:
+    """Times (batch, *elements) with axes of length 1 between, as many as the leaf has."""
+    return t.reshape(*t.shape[:1], *[1] * (leaf.ndim - t.ndim), *t.shape[1:])
+
+
 def denoising_loss(
     apply: Callable[..., PyTree],
     process: Process,
@@ -164,6 +169,7 @@ def denoising_loss(
     where there are no labels. time: a sampler such as `uniform(process)` (the default). stratified: see `uniforms`.
     elements: a time an element, a law of `schedules.training`: key -> numbers in (0, 1) that broadcast against one
     sample, which `time` maps to times; t is then (batch, *elements), and each element has the weight of its own time.
+    For a `process.system` a number a part, sorted by name: t is a dict of times, (batch, 1, ..., 1) each.
     Raises ValueError for an unknown prediction or weighting, a dropout outside [0, 1), or one without a null label.
     """
     check_kind(prediction)
@@ -190,11 +196,13 @@ def denoising_loss(
             u = uniforms(time_key, index, stratified, dtype)
         else:
             u = jax.vmap(lambda i: law(jax.random.fold_in(time_key, i)))(index).astype(dtype)
-        if len(ranks := {leaf.ndim for leaf in leaves}) > 1:
+        t = sampler(u)
+        each = process.told(t) if u.ndim > 1 else t  # a dict, where parts of a system have times of their own
+        if each is t and len(ranks := {leaf.ndim for leaf in leaves}) > 1:
             raise ValueError(f"the sample's arrays have {sorted(ranks)} axes; one time a sample needs the same number")
-        t = sampler(u).reshape(*u.shape[:1], *[1] * (leaves[0].ndim - u.ndim), *u.shape[1:])
-        for part in leaves:
-            if t.ndim != part.ndim or any(a not in (1, b) for a, b in zip(t.shape, part.shape, strict=True)):
+        t = jax.tree.map(_beside, process.at(each, x0), x0) if each is not t else _beside(t, leaves[0])
+        for part, own in zip(leaves, jax.tree.leaves(process.at(t, x0)), strict=True):
+            if own.ndim != part.ndim or any(a not in (1, b) for a, b in zip(own.shape, part.shape, strict=True)):
                 raise ValueError(
                     f"elements gives times of shape {u.shape[1:]}, which do not broadcast against a sample of shape "
                     f"{part.shape[1:]}; see schedules.training.along"
@@ -205,11 +213,11 @@ def denoising_loss(
             y = drop_labels(label_key, y, label_dropout, null_label, index)
         output = cast_like(apply(params, x, t, y), x)
 
-        def leaf(p: Process, x0: Array, eps: Array, output: Array) -> Array:
+        def leaf(p: Process, t: Array, x0: Array, eps: Array, output: Array) -> Array:
             w = weight(p, prediction, weighting, t, sigma_data=sigma_data, gamma=gamma)
             return (w * jnp.square(output - _target(p, prediction, t, x0, eps))).reshape(n, -1).sum(-1)
 
-        errors = jax.tree.leaves(jax.tree.map(leaf, process.each(x0), x0, eps, output))
+        errors = jax.tree.leaves(jax.tree.map(leaf, process.each(x0), process.at(t, x0), x0, eps, output))
         return jnp.stack(errors).sum(0) / sum(leaf[0].size for leaf in leaves)
 
     return loss

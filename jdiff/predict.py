@@ -32,9 +32,10 @@ def check_kind(kind: str) -> str:
     return kind
 
 
-def model_time(t: Time, x: PyTree) -> jax.Array:
-    """t as the model sees it: float32, or float64 where the sample is float64; never bfloat16."""
-    return jnp.asarray(t, wide(jax.tree.leaves(x)[0].dtype))
+def model_time(t: Any, x: PyTree) -> Any:
+    """t as the model sees it: float32, or float64 where the sample is float64; never bfloat16. A dict for a system's
+    parts at their own times."""
+    return jax.tree.map(lambda t: jnp.asarray(t, wide(jax.tree.leaves(x)[0].dtype)), t)
 
 
 def wide(dtype: Any) -> Any:
@@ -74,7 +75,8 @@ def convert(process: Process, x: PyTree, t: Time, out: PyTree, source: str, targ
     """`out`, a prediction of kind `source` made at (x, t), as kind `target`.
 
     x and out are alike: arrays, pytrees of arrays, or the linear symbols of `jdiff.trace`. t broadcasts against
-    every leaf. Raises ValueError for an unknown kind, and for a score where the noise is not Gaussian.
+    every leaf, or is a dict of times for the parts of a system. Raises ValueError for an unknown kind, and for a score
+    where the noise is not Gaussian.
     """
     check_kind(source)
     check_kind(target)
@@ -86,7 +88,7 @@ def convert(process: Process, x: PyTree, t: Time, out: PyTree, source: str, targ
             "the score; between two densities learn both (jdiff.interpolants.stochastic)"
         )
 
-    def leaf(process: Process, x: Any, out: Any) -> Any:
+    def leaf(process: Process, t: Any, x: Any, out: Any) -> Any:
         if target == "x0":
             return _x0(process, source, t, x, out)
         eps = _eps(process, source, t, x, out)
@@ -99,7 +101,7 @@ def convert(process: Process, x: PyTree, t: Time, out: PyTree, source: str, targ
             return process.alpha(t) * eps - process.sigma(t) * x0
         return process.dalpha(t) * x0 + process.dsigma(t) * eps
 
-    return jax.tree.map(leaf, process.each(x), x, out)
+    return jax.tree.map(leaf, process.each(x), process.at(t, x), x, out)
 
 
 def array_of(x: Any, who: str) -> Array:

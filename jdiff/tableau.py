@@ -92,6 +92,11 @@ class Tableau:
         arrays = {name: wide(np.asarray(getattr(self, name)), ax) for name, ax in axes.items()}
         return replace(self, **arrays, record=replace(self.record, names=names))
 
+    def part(self, i: int) -> "Tableau":
+        """The scalar coefficients of a system's part number i, as `join` has them in its last axis."""
+        arrays = {name: getattr(self, name) for name in ("A", "B", "C", "h0", "c0", "E")}
+        return replace(self, **{name: None if v is None else np.asarray(v)[..., i] for name, v in arrays.items()})
+
     def validate(self) -> "Tableau":
         """Check shapes and entries on the host; returns the tableau. ValueError names the first bad entry."""
         K, R, Z, O = self.nfe, self.registers, self.noises, self.record.outputs

@@ -235,9 +235,47 @@ def test_stream_of_a_window_of_frames():
     window = machine.init(jnp.zeros((2, 1, 3), jnp.float32))
     window, frame, ready = machine.push(None, window, jnp.ones((2, 1, 3), jnp.float32))
     assert window.registers[0].shape == (2, K, 3) and frame.shape == (2, 1, 3) and not ready
-    np.testing.assert_allclose(seen[0][:, 0], GRID[:-1][::-1], rtol=1e-6)
+    np.testing.assert_allclose(window.pushes, 1)
     with pytest.raises(ValueError, match=r"length 1 along axis 1; got shape \(2, 2, 3\)"):
         machine.init(jnp.zeros((2, 2, 3)))
+    with jax.disable_jit():
+        for _ in range(K):
+            window, frame, ready = machine.push(None, window, jnp.ones((2, 1, 3), jnp.float32))
+    np.testing.assert_allclose(seen[1][:, 0], [P.t_max] * (K - 2) + list(GRID[1::-1]), rtol=1e-6)  # empty: noise
+    np.testing.assert_allclose(seen[-1][:, 0], GRID[:-1][::-1], rtol=1e-6)
+
+
+@pytest.mark.parametrize(("chunk", "micro", "clean"), [(2, 3, 2), (1, 2, 3)])
+def test_a_stream_of_chunks_is_its_matrix(chunk, micro, clean):
+    """StreamDiT's buffer: as long as it holds the last chunk before (AR(1): no other matters), the chunks are those of
+    the staircase with lag = micro and blocks of the chunk, whose later frames are pure noise."""
+    table, N = solvers.unipc(2)(P, GRID), K // micro
+    frames = 8 + (N - 1) * chunk  # the last of them are only begun by the stream
+    law = lambda n: exact.gaussian(np.zeros(n), RHO ** np.abs(np.subtract.outer(np.arange(n), np.arange(n))))
+    z = P.prior(jax.random.key(0), (3, frames), dtype=jnp.float64)
+    T = schedules.scheduled(table, schedules.staircase(frames, K, micro, chunk))
+    whole = np.asarray(jdiff.sample(law(frames).denoiser(P), T, z))
+    machine = schedules.stream(
+        law((clean + N) * chunk).denoiser(P), table, axis=1, chunk=chunk, micro=micro, clean=clean
+    )
+    pushes = jnp.moveaxis(z.reshape(3, -1, chunk), 1, 0)
+    found, ready = schedules.streaming.run(machine, pushes)
+    np.testing.assert_array_equal(ready, np.arange(1, len(pushes) + 1) >= N)
+    found = np.moveaxis(np.asarray(found)[N - 1 :], 0, 1).reshape(3, -1)
+    np.testing.assert_allclose(found, whole[:, :8], rtol=0, atol=1e-10)
+
+
+def test_one_chunk_is_the_plain_sampler():
+    """N = 1: a push makes all rows of one chunk (StreamDiT's uniform partition)."""
+    table = solvers.unipc(2)(P, GRID)
+    z = P.prior(jax.random.key(0), (5, F), dtype=jnp.float64)
+    machine = schedules.stream(VIDEO.denoiser(P), table, axis=1, chunk=F, micro=K)
+    _, found, ready = jax.jit(machine.push)(None, machine.init(z), z)
+    np.testing.assert_allclose(found, sample(table, z), rtol=0, atol=1e-12)
+    assert ready
+    for options in ({"micro": 4}, {"chunk": 0}, {"clean": -1}):
+        with pytest.raises(ValueError, match="micro dividing 6 rows"):
+            schedules.stream(VIDEO.denoiser(P), table, **options)
 
 
 def test_stochastic_streams_keep_the_law():
@@ -303,7 +341,16 @@ def test_other_laws():
     assert lead.min() >= 0 and lead.max() < 0.3 + 1e-6 and (np.abs(lead - 0.3) < 1e-6).mean() > 0.5
     same = drawn(training.semantic_first(np.array([True, False]), 0.0), 100)
     np.testing.assert_array_equal(same[:, 0], same[:, 1])
+    found = drawn(training.buffered(4, (4, 2, 1)), 6000)
+    chunks = (np.diff(found, axis=1) > 1e-6).sum(1) + 1
+    assert chisquare([(chunks == n).sum() for n in (1, 2, 4)]).pvalue > 1e-3
+    for n in (1, 2, 4):
+        mine = found[chunks == n]
+        np.testing.assert_array_equal(np.floor(mine * n), np.broadcast_to(np.arange(4) * n // 4, mine.shape))
+        assert kstest(mine[:, 0] * n, "uniform").pvalue > 1e-3
     for make, match in (
+        (functools.partial(training.buffered, 4, (2, 3)), r"divide 4 frames, got \(2, 3\)"),
+        (functools.partial(training.buffered, 4, ()), "divide 4 frames"),
         (functools.partial(training.ptss, 3, 1.5), "p is 1.5"),
         (functools.partial(training.monotone, 0, 4), "at least one frame"),
         (functools.partial(training.grouped, [0.5]), "expected integers from 0"),

@@ -11,6 +11,7 @@ from .branches import combine
 from .compose import Factor, Track, compose, factor_graph, mix, timeline
 from .free import apg, autoguidance, cfg, cfg_pp, cfg_zero
 from .gradient import classifier, dps, flowchef, loss_guidance, softplus
+from .parts import alone
 from .reflection import reflection
 from .residual import residual_cfg
 from .schedule import at_steps, beta, cosine, linear, score_units, sine, step_gain
@@ -38,7 +39,7 @@ ALL: dict[str, Callable[..., Any]] = {
 }
 
 __all__ = [
-    "ALL", "Factor", "Head", "Hunt", "Pairs", "Reflected", "Track", "apg", "at_steps", "autoguidance", "beta",
+    "ALL", "Factor", "Head", "Hunt", "Pairs", "Reflected", "Track", "alone", "apg", "at_steps", "autoguidance", "beta",
     "cfg", "cfg_pp", "cfg_zero", "classifier", "combine", "compose", "cosine", "dps", "factor_graph",
     "fit_noise_prompt", "flowchef", "golden_noise", "golden_pairs", "head_hunter", "head_mask", "linear",
     "loss_guidance", "mix", "perturbed", "reflect_loop", "reflection", "residual_cfg", "score_units", "sine",

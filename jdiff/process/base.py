@@ -111,6 +111,14 @@ class Process:
         """A coefficient of a tableau for each leaf of a sample: this one (see `system`)."""
         return jax.tree.map(lambda _: c, x)
 
+    def at(self, t: Time, x: PyTree) -> PyTree:
+        """The time of each leaf of a sample: t; what has the sample's structure is taken leaf by leaf."""
+        return t if jax.tree.structure(t) == jax.tree.structure(x) else jax.tree.map(lambda _: t, x)
+
+    def told(self, t: Any) -> Any:
+        """An array of times as a network is told it: as it is (see `system`)."""
+        return t
+
     def check(self, x: PyTree) -> None:
         """ValueError for a sample that this process cannot have; values that are being traced are not looked at."""
 
@@ -155,12 +163,13 @@ class Process:
 
     def mix(self, x0: PyTree, eps: PyTree, t: Time) -> PyTree:
         """alpha(t) x0 + sigma(t) eps, leaf by leaf."""
-        return jax.tree.map(lambda p, x, e: p.alpha(t) * x + p.sigma(t) * e, self.each(x0), x0, eps)
+        mixed = lambda p, t, x, e: p.alpha(t) * x + p.sigma(t) * e
+        return jax.tree.map(mixed, self.each(x0), self.at(t, x0), x0, eps)
 
     def diffuse(self, key: Array, x0: PyTree, t: Time, index: Array | None = None) -> PyTree:
         """A draw of x_t given x0; sample i's noise depends on key and index[i] (default i) alone."""
         x0 = jax.tree.map(jnp.asarray, x0)
-        t = jnp.asarray(t, jax.tree.leaves(x0)[0].dtype)
+        t = jax.tree.map(lambda t: jnp.asarray(t, jax.tree.leaves(x0)[0].dtype), t)
         self.check(x0)
         return self.mix(x0, self.kernel(key, x0, index), t)
 

@@ -5,6 +5,10 @@
     sample = jdiff.sample(denoiser, table, graphs.prior(key, {"x": (16, 9, 4), "adj": (16, 9, 9)}))
 
 The sample is a dict with these keys. The parts are coupled by the network alone, which sees all of them.
+
+Each part may have a time of its own: t is then a dict with the same keys, for `mix`, `diffuse`, conversions and the
+network. A schedule over the parts, sorted by name, is a matrix with a column a part (`jdiff.schedules`), and in
+training `losses.denoising_loss(.., elements=law)` has a law with a number a part (UniDiffuser, SFD).
 """
 
 from collections.abc import Callable, Mapping
@@ -49,6 +53,13 @@ class System(Process):
 
     def split(self, c: Any, x: PyTree) -> PyTree:
         return {name: part.split(c[..., i], x[name]) for i, (name, part) in enumerate(self.parts)}
+
+    def at(self, t: Any, x: PyTree) -> PyTree:
+        return {name: part.at(t[name] if isinstance(t, Mapping) else t, x[name]) for name, part in self.parts}
+
+    def told(self, t: Any) -> Any:
+        """A time for all, (), as it is; times (.., parts), sorted by name, as a dict."""
+        return {name: t[..., i] for i, (name, _) in enumerate(self.parts)} if jnp.ndim(t) else t
 
     def check(self, x: PyTree) -> None:
         """ValueError where x is no dict with the system's keys, or breaks its structure."""

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from jdiff.process import System
 from jdiff.tableau import Tableau, stack
 
 
@@ -113,9 +114,18 @@ def scheduled(tables: Tableau | Sequence[Tableau], M: Any, which: Any = 0, *, en
     end      the time at which the network sees elements that are done or given; a number, or one an element. Given ones
              with noise in their places and end = process.t_max say nothing: the others get their marginal law
              (UniDiffuser)
-    ValueError for a matrix that does not fit, tables of several processes or with coefficients an element already.
+    Of a `process.system` the elements are its parts, sorted by name: M is (calls + 1, parts), and the network is told
+    a dict of times. ValueError for a matrix that does not fit, tables of several processes or with coefficients an
+    element already.
     """
     tables = [tables] if isinstance(tables, Tableau) else list(tables)
+    if isinstance(system := tables[0].record.process, System):
+        parts = np.arange(len(system.parts))
+        if np.shape(M)[1:] != parts.shape:
+            names = ", ".join(name for name, _ in system.parts)
+            raise ValueError(f"scheduled: a column each of {names} is expected; the matrix has shape {np.shape(M)}")
+        tables = [T.part(int(i)) for T in tables for i in parts]
+        which = len(parts) * np.asarray(which) + parts
     if bad := [T.record.name for T in tables if np.ndim(T.t) > 1 or np.ndim(T.A) > 3]:
         raise ValueError(f"scheduled: {bad[0]} has coefficients an element already; expected scalar tableaux")
     if len({(T.record.process, T.record.prediction) for T in tables}) > 1:

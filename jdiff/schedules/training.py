@@ -4,7 +4,7 @@ A law returns numbers in (0, 1), one an element, shaped to broadcast against one
 them to times, 0 to data and 1 to noise. A sample's times depend on the key and on its global index alone.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -100,6 +100,26 @@ def fopp(frames: int, levels: int) -> Law:
         _, later = jax.lax.scan(up, start, order)
         _, earlier = jax.lax.scan(down, start, order, reverse=True)
         return _number(jnp.where(order >= f, later, earlier), levels, within)
+
+    return law
+
+
+def buffered(frames: int, chunks: Sequence[int]) -> Law:
+    """StreamDiT (Kodaira et al. 2025, arXiv 2507.03745): buffers in chunks, each within its own segment of noise.
+
+    A chunk length c of `chunks` is drawn; of the N = frames / c chunks, number i has the time (i + u) / N, one u for
+    all. So c = frames is one time for all, and c = 1 what a stream of single frames shows. ValueError for a chunk that
+    does not divide the frames.
+    """
+    if min(chunks, default=0) < 1 or any(frames % c for c in chunks):
+        raise ValueError(f"buffered: expected chunk lengths that divide {frames} frames, got {chunks}")
+    sizes = np.asarray(chunks)
+    segment, number = (jnp.asarray(v, jnp.float32) for v in (np.arange(frames) // sizes[:, None], frames // sizes))
+
+    def law(key: Array) -> Array:
+        which, offset = jax.random.split(key)
+        k = jax.random.randint(which, (), 0, len(sizes), jnp.int32)
+        return (segment[k] + _uniform(offset, ())) / number[k]
 
     return law
 
