@@ -227,8 +227,8 @@ def finish(context: Context, cells: Mapping[tuple[str, Any], reproduce.Cell], ou
     return [
         f"{FEATURES} principal components of clips of {F} frames, {SIZE} x {SIZE}; {s.n} clips a cell, means over "
         f"{s.seeds} seeds of net and noise; DDIM. Held-out clips: Fréchet distance {floor['Fréchet distance']:.3g}, "
-        f"speed error {floor['speed error']:.3g} pixels a frame. The nets are small ({DEPTH} blocks of width {D}, {s.steps} "
-        "steps of batch 32): they rank laws at equal training, not at their best.",
+        f"speed error {floor['speed error']:.3g} pixels a frame. The nets are small ({DEPTH} blocks of width {D}, "
+        f"{s.steps} steps of batch 32): they rank laws at equal training, not at their best.",
         "",
         "## Fréchet distance at 8 evaluations a frame",
         "",
