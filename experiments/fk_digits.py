@@ -166,6 +166,7 @@ TABLE = Table(
     row_title="method",
     column_title="steps",
     metric="accuracy",
+    highest=True,
     settings=Settings,
     prepare=prepare,
     cell=cell,

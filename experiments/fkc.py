@@ -117,10 +117,11 @@ def finish(context: Settings, cells: Mapping[tuple[str, Any], reproduce.Cell], o
         far = max(
             c["error of the mode weight"] / c["mode weight se"],
             abs(c["error of the mean"]) / c["mean se"],
+            abs(c["sd over the exact"] - 1) / c["sd se"],
         )
         off = abs(c["Z over the exact"] - 1)
         lines.append(
-            f"- {name}: mode weight and mean within 3 standard errors ({far:.1f}): "
+            f"- {name}: mode weight, mean and sd within 3 standard errors ({far:.1f}): "
             f"{'holds' if far <= 3 else 'DOES NOT HOLD'}; Z within 1 % ({100 * off:.2f} % ± {100 * c['Z se']:.2f} %): "
             f"{'holds' if off <= 0.01 else 'DOES NOT HOLD'}."
         )

@@ -136,6 +136,7 @@ TABLE = Table(
     row_title="surface, method",
     column_title="norm of A",
     metric="right",
+    highest=True,
     settings=Settings,
     prepare=lambda settings: settings,
     cell=cell,

@@ -113,6 +113,7 @@ TABLE = reproduce.Table(
     row_title="method",
     column_title="steps",
     metric="P(target)",
+    highest=True,
     settings=Settings,
     prepare=lambda settings: settings,
     cell=cell,

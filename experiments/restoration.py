@@ -212,6 +212,7 @@ TABLE = Table(
     row_title="method",
     column_title="NFE",
     metric="PSNR",
+    highest=True,
     settings=Settings,
     prepare=prepare,
     cell=cell,

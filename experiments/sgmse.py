@@ -214,6 +214,7 @@ TABLE = Table(
     row_title="method",
     column_title="NFE",
     metric="SI-SDR",
+    highest=True,
     settings=Settings,
     prepare=prepare,
     cell=cell,

@@ -48,6 +48,7 @@ class Table:
     prepare    (settings) -> context, whatever the cells need; resumable by its own means
     cell       (context, row, column) -> the numbers of that cell, `metric` among them
     finish     (context, cells, out) -> lines of Markdown: checks of claims, pictures; may write files
+    highest    the best number of a column, which is shown bold, is the highest and not the lowest
     """
 
     name: str
@@ -63,6 +64,7 @@ class Table:
     cell: Callable[[Any, str, Any], Cell]
     finish: Callable[[Any, Mapping[tuple[str, Any], Cell], Path], Sequence[str]]
     published: tuple[Published, ...] = ()
+    highest: bool = False
 
 
 def names() -> dict[str, str]:
@@ -165,7 +167,8 @@ def _settings(settings: Any) -> list[str]:
 def _markdown(table: Table, cells: Mapping[tuple[str, Any], Cell]) -> list[str]:
     """Rows by columns; the best of each column is bold. A cell's "METRIC se" is shown as +- its standard error."""
     value = lambda row, column: cells.get((row, column), {}).get(table.metric)
-    best = {c: min((v for r in table.rows if (v := value(r, c)) is not None), default=None) for c in table.columns}
+    first = max if table.highest else min
+    best = {c: first((v for r in table.rows if (v := value(r, c)) is not None), default=None) for c in table.columns}
 
     def shown(row: str, column: Any) -> str:
         text, error = number(value(row, column)), cells.get((row, column), {}).get(f"{table.metric} se")

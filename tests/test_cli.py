@@ -150,6 +150,8 @@ def test_a_killed_reproduction_goes_on_where_it_was(tmp_path):
     assert "claim: holds" in report and "| a | 3.25 |" in report and "seed = 0" in report
     assert (tmp_path / "plot.png").stat().st_size > 0
     assert (tmp_path / "table.csv").read_text().splitlines()[:2] == ["solver,NFE,error,n", "a,5,5.0,10"]
+    highest = dataclasses.replace(toy(calls), highest=True)
+    assert "| b | **10** | **20** |" in reproduce.run(highest, settings).read_text() and len(calls) == 4
     with pytest.raises(ValueError, match="seed = 0 there, 1 now"):
         reproduce.run(toy(calls), Settings(str(tmp_path), seed=1))
 
