@@ -196,14 +196,16 @@ def _plot(table: Table, cells: Mapping[tuple[str, Any], Cell], path: Path) -> No
     floors = {cell["floor"] for cell in cells.values() if "floor" in cell}
     for floor in floors:
         axes.axhline(floor, color="black", lw=1, ls=":", label="real, held out")
-    axes.set(xscale="log", yscale="log", xlabel=table.column_title, ylabel=table.metric, title=table.name)
+    scale = "linear" if table.highest else "log"  # shares and decibels; errors and distances
+    axes.set(xscale="log", yscale=scale, xlabel=table.column_title, ylabel=table.metric, title=table.name)
     axes.set_xticks(table.columns, list(map(str, table.columns)))
     axes.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
-    decades = np.diff(np.log10(axes.get_ylim()))
-    subs = range(1, 10) if decades < 1.5 else (1, 2, 5) if decades < 4 else (1,)  # what fits
-    axes.yaxis.set_major_locator(LogLocator(subs=subs, numticks=50))
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    if scale == "log":
+        decades = np.diff(np.log10(axes.get_ylim()))
+        subs = range(1, 10) if decades < 1.5 else (1, 2, 5) if decades < 4 else (1,)  # what fits
+        axes.yaxis.set_major_locator(LogLocator(subs=subs, numticks=50))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.savefig(path, dpi=150)
