@@ -13,7 +13,7 @@ from einops import rearrange
 from flax import nnx
 
 from jdiff import data, discrete, metrics
-from jdiff.nets import dit, layers
+from jdiff.nets import conditioning, dit, layers
 
 CODES, LENGTH = 16, 16
 
@@ -81,7 +81,7 @@ class TokenNet(nnx.Module):
         options: dict[str, Any] = {"dtype": jnp.float32, "param_dtype": jnp.float32, "rngs": rngs}
         table = lambda rows: nnx.Param(0.02 * jax.random.normal(rngs.params(), (rows, width), jnp.float32))
         self.codes, self.places = table(CODES + 1), table(LENGTH)
-        self.time = layers.Conditioning(
+        self.time = conditioning.Conditioning(
             64, width, 0, False, time_scale=1000.0, label_std=0.02, param_dtype=jnp.float32, rngs=rngs
         )
         self.blocks = nnx.List([dit.Block(width, 4, 4.0, **options) for _ in range(depth)])

@@ -22,7 +22,7 @@ from jdiff import data, fields, metrics, reproduce
 from jdiff.experiments._claims import Claim
 from jdiff.experiments._kept import kept
 from jdiff.experiments.fast_sampling import score
-from jdiff.nets.layers import sinusoids
+from jdiff.nets.conditioning import sinusoids
 from jdiff.reproduce import Published, Table
 
 SIZE = 16

@@ -93,7 +93,7 @@ def sample(run: Path, config: SampleConfig) -> None:
         denoiser = model.with_cond(cond(labels)) if classes else model
         if config.guidance != 1.0:
             denoiser = guidance.cfg(denoiser, model.with_cond(cond(null)), config.guidance)
-        x = p.prior(keys[0], (batch, net.image_size, net.image_size, net.channels), index)
+        x = p.prior(keys[0], (batch, *net.shape), index)
         if table is None:  # on other noise than the samples', under the first batch's labels
             print(f"choosing a solver and a grid for {config.nfe or 20} network evaluations", flush=True)
             table, report = solvers.auto(denoiser, config.nfe or 20, *_calibration(p, x, config.seed))
@@ -189,7 +189,7 @@ def statistics(run: Path, config: StatisticsConfig) -> None:
         if config.guidance != 1.0:
             null = jax.numpy.full(batch, net.null_label, np.int32)
             denoiser = guidance.cfg(denoiser, model.with_cond(null), config.guidance)
-    shape = (net.image_size, net.image_size, net.channels)
+    shape = net.shape
     found = estimate(
         denoiser, shape, jax.random.key(config.seed), n=config.n, n_lam=config.n_lam, batch=batch, probes=config.probes,
         progress=lambda steps: track(steps, "measuring"),

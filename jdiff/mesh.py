@@ -125,8 +125,8 @@ def check(mesh: Mesh, net: Any, batch: int) -> None:
     counts: list[tuple[str, int, Iterable[str]]] = [("batch", batch, BATCH)]
     if len(heads := set(getattr(net, "attention_heads", ()))) == 1:
         counts.append(("heads", heads.pop(), ("tensor",)))
-    if (patch := getattr(net, "patch", None)) is not None:
-        counts.append(("tokens", (net.image_size // patch) ** 2, ("sequence",)))
+    if (grid := getattr(net, "grid", None)) is not None:
+        counts.append(("tokens", math.prod(grid), ("sequence",)))
     wrong = []
     for name, n, axes in counts:
         size = math.prod(mesh.shape.get(axis, 1) for axis in axes)

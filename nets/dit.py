@@ -1,33 +1,22 @@
-"""Diffusion transformer with adaLN-Zero (Peebles & Xie, 2212.09748)."""
+"""Diffusion transformers with adaLN-Zero: DiT (Peebles & Xie, 2212.09748), SiT (2401.08740), and what came after."""
 
-from typing import Any
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from einops import rearrange
 from flax import nnx
 from jax.typing import ArrayLike, DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from jdiff.mesh import BATCH, constrain
 
-from .layers import (
-    Attention,
-    Conditioning,
-    Linear,
-    Net,
-    SelfAttention,
-    layer_norm,
-    modulate,
-    patchify,
-    pool_time,
-    positions,
-    rematerialise,
-    unpatchify,
-    wide,
-    xavier,
-    zeros,
-)
+from .conditioning import Conditioning
+from .layers import NORMS, Attention, Linear, RMSNorm, SelfAttention, modulate, rematerialise, xavier, zeros
+from .net import Net
+from .patches import Size, patchify, per_axis, pool_time, positions, unpatchify
+from .rope import Rotations, rotations
 
 
 class Block(nnx.Module):
@@ -36,6 +25,9 @@ class Block(nnx.Module):
     s1, k1, g1, s2, k2, g2 = Linear(SiLU(c))
     x = x + g1 Attention(LN(x) (1 + k1) + s1)
     x = x + g2 MLP(LN(x) (1 + k2) + s2)
+
+    norm: "layer" or "rms" in place of LN. sandwich: an RMS norm with a learned scale after attention and MLP as well,
+    before the gates (Lumina-Next, 2406.18583). qk_norm: see `SelfAttention`.
     """
 
     def __init__(
@@ -45,45 +37,63 @@ class Block(nnx.Module):
         mlp_ratio: float,
         *,
         attention: Attention | None = None,
+        norm: str = "layer",
+        qk_norm: bool = False,
+        sandwich: bool = False,
         dtype: DTypeLike,
         param_dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
         options: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         hidden = int(width * mlp_ratio)
+        self.norm = NORMS[norm]
         self.modulation = Linear(width, 6 * width, kernel_init=zeros, **options)
-        self.attention = SelfAttention(width, heads, attention=attention, **options)
+        self.attention = SelfAttention(width, heads, attention=attention, qk_norm=qk_norm, **options)
         self.mlp_in = Linear(width, hidden, kernel_init=xavier, **options)
         self.mlp_out = Linear(hidden, width, kernel_init=xavier, **options)
+        self.norm_attention = RMSNorm(width, param_dtype) if sandwich else None
+        self.norm_mlp = RMSNorm(width, param_dtype) if sandwich else None
 
     def __call__(
-        self, x: Float[Array, "b n d"], c: Float[Array, "b2 n2 d"], perturb: Array | None = None
+        self,
+        x: Float[Array, "b n d"],
+        c: Float[Array, "b2 n2 d"],
+        perturb: Array | None = None,
+        rotations: Rotations | None = None,
     ) -> Float[Array, "b n d"]:
-        """x: tokens; c: conditioning a sample (n2 = 1) or a token (n2 = n); perturb: see `SelfAttention`."""
+        """x: tokens; c: conditioning a sample (n2 = 1) or a token (n2 = n); the rest: see `SelfAttention`."""
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(self.modulation(jax.nn.silu(c)), 6, axis=-1)
-        x = x + gate1 * self.attention(modulate(layer_norm(x), shift1, scale1), perturb)
-        hidden = jax.nn.gelu(self.mlp_in(modulate(layer_norm(x), shift2, scale2)), approximate=True)
-        hidden = constrain(hidden, BATCH, "sequence", "tensor")
-        return constrain(x + gate2 * self.mlp_out(hidden), BATCH, "sequence", None)
+        h = self.attention(modulate(self.norm(x), shift1, scale1), perturb, rotations)
+        x = x + gate1 * (h if self.norm_attention is None else self.norm_attention(h))
+        hidden = jax.nn.gelu(self.mlp_in(modulate(self.norm(x), shift2, scale2)), approximate=True)
+        h = self.mlp_out(constrain(hidden, BATCH, "sequence", "tensor"))
+        return constrain(x + gate2 * (h if self.norm_mlp is None else self.norm_mlp(h)), BATCH, "sequence", None)
 
 
 class DiT(Net):
     """Diffusion transformer: patches as tokens, adaLN-Zero blocks scanned, labels with a null class.
 
-    After 2212.09748; unlike the released net it predicts no variance: the output has the image's channels.
-    The blocks' parameters are stacked on a leading axis of length depth and run by one `lax.scan`, so the
-    time to compile does not grow with depth.
+    After 2212.09748. The blocks' parameters are stacked on a leading axis of length depth and run by one `lax.scan`,
+    so the time to compile does not grow with depth.
 
     Args:
-        image_size: height and width of the (square) images; divisible by patch.
+        image_size: height and width of square images, or the pixels of each axis: (height, width),
+            (frames, height, width), (length,); divisible by patch.
         channels: channels of the images.
-        patch: side of a patch in pixels.
-        width: width of a token; divisible by heads and by 4.
+        patch: side of a patch in pixels, or one a axis.
+        width: width of a token; divisible by heads, and by 2 for each axis of the images.
         depth: number of blocks.
         heads: attention heads.
         mlp_ratio: hidden width of the MLPs over width.
         num_classes: number of labels; 0 for an unconditional net, which takes no y.
         null_class: one more label, `null_label` = num_classes, for "no label".
+        learn_sigma: predict twice the channels, as the released DiT (a variance) and SiT (nothing that is used). The
+            call returns the first half; `project` returns both.
+        positions: "sincos", fixed and added to the tokens, or "rope", rotary in every attention (`jdiff.nets.rope`).
+        rope_scale: how many times longer than in training the axes are, for positions "rope": one, or one an axis.
+        rope_target: which channels keep their frequency then; see `rope.frequencies`.
+        norm: "layer" or "rms".
+        qk_norm, sandwich: RMS norms of queries and keys, and after each branch; see `Block`.
         remat: "none", "full" or "dots"; see `layers.REMAT`.
         unroll: blocks a turn of the loop over them. A CPU takes the gradient of a loop several times slower than
             that of straight code: give depth for a small net there, and pay in time to compile.
@@ -94,7 +104,7 @@ class DiT(Net):
         rngs: source of the initial parameters; not kept.
 
     Raises:
-        ValueError: sizes that do not divide, or an unknown remat.
+        ValueError: sizes that do not divide, or an unknown remat, norm or kind of positions.
     """
 
     # how parameters lie on a mesh: see `jdiff.mesh.shardings`
@@ -108,16 +118,23 @@ class DiT(Net):
 
     def __init__(
         self,
-        image_size: int,
+        image_size: Size,
         channels: int,
         *,
-        patch: int,
+        patch: Size,
         width: int,
         depth: int,
         heads: int,
         mlp_ratio: float = 4.0,
         num_classes: int = 0,
         null_class: bool = True,
+        learn_sigma: bool = False,
+        positions: Literal["sincos", "rope"] = "sincos",
+        rope_scale: float | Sequence[float] = 1.0,
+        rope_target: float | None = None,
+        norm: Literal["layer", "rms"] = "layer",
+        qk_norm: bool = False,
+        sandwich: bool = False,
         remat: str = "none",
         unroll: int = 1,
         dtype: DTypeLike = jnp.float32,
@@ -127,8 +144,9 @@ class DiT(Net):
         rngs: nnx.Rngs,
     ):
         dtype, param_dtype = jnp.dtype(dtype), jnp.dtype(param_dtype)
+        name = type(self).__name__
         self._record(
-            "DiT",
+            name,
             image_size=image_size,
             channels=channels,
             patch=patch,
@@ -138,29 +156,51 @@ class DiT(Net):
             mlp_ratio=mlp_ratio,
             num_classes=num_classes,
             null_class=null_class,
+            learn_sigma=learn_sigma,
+            positions=positions,
+            rope_scale=rope_scale,
+            rope_target=rope_target,
+            norm=norm,
+            qk_norm=qk_norm,
+            sandwich=sandwich,
             remat=remat,
             unroll=unroll,
             dtype=dtype.name,
             param_dtype=param_dtype.name,
             time_scale=time_scale,
         )
-        for what, value in {"patch": patch, "width": width, "depth": depth, "heads": heads, "unroll": unroll}.items():
+        axes = len(self.size)
+        self.patch = patch if isinstance(patch, int) else tuple(patch)
+        patches = per_axis(patch, axes)
+        for what, value in {
+            "patch": min(patches),
+            "width": width,
+            "depth": depth,
+            "heads": heads,
+            "unroll": unroll,
+        }.items():
             if value < 1:
-                raise ValueError(f"DiT: {what} is {value}; expected a positive integer")
-        if image_size % patch:
-            raise ValueError(f"DiT: patch {patch} does not divide image_size {image_size}")
-        if width % heads or width % 4:
-            raise ValueError(f"DiT: width {width} must be divisible by heads {heads} and by 4 (positions)")
+                raise ValueError(f"{name}: {what} is {value}; expected a positive integer")
+        if len(patches) != axes or any(n % p for n, p in zip(self.size, patches, strict=False)):
+            raise ValueError(f"{name}: patch {patch} does not divide image_size {image_size}")
+        if width % heads or width % (2 * axes):
+            raise ValueError(f"{name}: width {width} must be divisible by heads {heads} and by {2 * axes} (positions)")
+        for what, value, known in (("positions", positions, ("sincos", "rope")), ("norm", norm, tuple(NORMS))):
+            if value not in known:
+                raise ValueError(f"{name}: unknown {what} {value!r}; expected one of {', '.join(known)}")
         options: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
-        pixels = patch * patch * channels
-        self.patch, self.width, self.depth, self.remat, self.unroll, self.dtype = (
-            patch,
+        pixels = math.prod(patches) * channels
+        self.width, self.depth, self.heads, self.dtype, self.remat, self.unroll = (
             width,
             depth,
+            heads,
+            dtype,
             remat,
             unroll,
-            dtype,
         )
+        self.grid = tuple(n // p for n, p in zip(self.size, patches, strict=True))
+        self.positions = positions
+        self.rope = (rope_scale if isinstance(rope_scale, int | float) else tuple(rope_scale), rope_target)
         self.conditioning = Conditioning(
             256,
             width,
@@ -173,13 +213,15 @@ class DiT(Net):
             rngs=rngs,
         )
         self.patches = Linear(pixels, width, kernel_init=xavier, **options, rngs=rngs)
+        kind: dict[str, Any] = {"attention": attention, "norm": norm, "qk_norm": qk_norm, "sandwich": sandwich}
 
         def block(key: Array) -> Block:
-            return Block(width, heads, mlp_ratio, attention=attention, **options, rngs=nnx.Rngs(key))
+            return Block(width, heads, mlp_ratio, **kind, **options, rngs=nnx.Rngs(key))
 
         self.blocks = jax.vmap(block)(jax.random.split(rngs.params(), depth))
+        self.norm = NORMS[norm]
         self.modulation = Linear(width, 2 * width, kernel_init=zeros, **options, rngs=rngs)
-        self.out = Linear(width, pixels, kernel_init=zeros, **options, rngs=rngs)
+        self.out = Linear(width, pixels * (1 + learn_sigma), kernel_init=zeros, **options, rngs=rngs)
 
     @property
     def num_blocks(self) -> int:
@@ -187,56 +229,81 @@ class DiT(Net):
 
     @property
     def attention_heads(self) -> tuple[int, ...]:
-        return (self.blocks.attention.heads,) * self.depth
+        return (self.heads,) * self.depth
 
-    def __call__(
-        self,
-        x: Float[Array, "b height width c"],
-        t: ArrayLike,
-        y: ArrayLike | None = None,
-        blocks: ArrayLike | None = None,
-        perturb: ArrayLike | None = None,
-    ) -> Float[Array, "b height width c"]:
-        """The network's output for images x at times t with labels y.
-
-        Args:
-            x: images (b, image_size, image_size, channels).
-            t: time of order 1: a scalar, (b,), or any shape that broadcasts against x; a time that varies
-                inside a patch is averaged over it, so that a token has one time. Taken as float32.
-            y: integer labels, (b,) or a scalar; None is the null label. A label that is no class gives NaN.
-            blocks: (num_blocks,), 0 where a block is skipped (the identity in its place, at no cost) as in
-                AutoDiffusion (2309.10438). An argument of the program: one serves all masks. None runs all.
-            perturb: u in [0, 1] a layer and head, (depth, heads) or (b, depth, heads): attention maps become
-                (1 - u) A + u I, as in SoftPAG (2506.10978). None costs nothing.
-
-        Returns:
-            x's shape; float64 where x is float64, else float32, whatever `dtype` is.
-
-        Raises:
-            ValueError: an image, time, label or mask that does not fit, when traced.
-        """
-        h, c = self.embed(x, t, y)
-        step = rematerialise(lambda h, layer: (layer[0](h, c, *layer[1:]), None), self.remat, scanned=True)
-        layers = (self.blocks,) if perturb is None else (self.blocks, self._perturbation(perturb, x.shape[0]))
-        if blocks is None:
-            h, _ = jax.lax.scan(step, h, layers, unroll=self.unroll)
-        else:
-            masked = lambda h, kept: jax.lax.cond(kept[0], lambda h: step(h, kept[1]), lambda h: (h, None), h)
-            h, _ = jax.lax.scan(masked, h, (self._mask(blocks), layers), unroll=self.unroll)
-        return self.project(h, c).astype(wide(x.dtype))
+    def rotations(self, scale: ArrayLike | None = None, target: ArrayLike | None = None) -> Rotations | None:
+        """The tokens' rotations for positions "rope", else None; scale and target in place of the net's own."""
+        if self.positions != "rope":
+            return None
+        own_scale, own_target = self.rope
+        head = self.width // self.heads
+        return rotations(
+            self.grid,
+            head,
+            scale=own_scale if scale is None else scale,
+            target=own_target if target is None else target,
+        )
 
     def embed(
-        self, x: Float[Array, "b height width c"], t: ArrayLike, y: ArrayLike | None = None
+        self, x: Float[Array, "b *size c"], t: ArrayLike, y: ArrayLike | None = None
     ) -> tuple[Float[Array, "b n d"], Float[Array, "b2 n2 d"]]:
         """What goes into the blocks: tokens in `dtype`, and float32 conditioning a sample or a token."""
-        y = self._check(x, y)
-        time = rearrange(pool_time(t, x.shape, self.patch), "b h w -> b (h w)")
-        # A constant of the program, made on the host: no parameter, and nothing for an optimizer to move.
-        table = jnp.asarray(positions(self.image_size // self.patch, self.width), self.dtype)
-        h = self.patches(patchify(x.astype(self.dtype), self.patch)) + table
-        return constrain(h, BATCH, "sequence", None), self.conditioning(time, y)
+        self._check_sample(x)
+        y = self._labels(x, y)
+        time = pool_time(t, x.shape, self.patch)
+        h = self.patches(patchify(x.astype(self.dtype), self.patch))
+        if self.positions == "sincos":
+            # A constant of the program, made on the host: no parameter, and nothing for an optimizer to move.
+            h = h + jnp.asarray(positions(self.grid, self.width), self.dtype)
+        return constrain(h, BATCH, "sequence", None), self.conditioning(time.reshape(len(time), -1), y)
 
-    def project(self, h: Float[Array, "b n d"], c: Float[Array, "b2 n2 d"]) -> Float[Array, "b height width c"]:
-        """Tokens after the last block to an image, in `dtype`."""
+    def run(
+        self,
+        state: Float[Array, "b n d"],
+        c: Float[Array, "b2 n2 d"],
+        start: int = 0,
+        stop: int | None = None,
+        *,
+        blocks: ArrayLike | None = None,
+        perturb: ArrayLike | None = None,
+        rotations: Rotations | None = None,
+    ) -> Float[Array, "b n d"]:
+        """Tokens after blocks start .. stop - 1, one scan over them.
+
+        blocks, perturb: as for the whole net, of its whole depth. rotations: in place of the net's own, such as those
+        of a part of the tokens, or Lumina-Next's of this time.
+        """
+        start, stop = self._span(start, stop)
+        turn = self.rotations() if rotations is None else rotations
+        step = rematerialise(
+            lambda h, layer: (layer[0](h, c, *layer[1:], rotations=turn), None), self.remat, scanned=True
+        )
+        layers: PyTree = (self.blocks,)
+        if perturb is not None:
+            layers = (self.blocks, self._perturbation(perturb, len(state)))
+        if blocks is not None:
+            layers = (self._mask(blocks), layers)
+        if (start, stop) != (0, self.depth):
+            layers = jax.tree.map(lambda a: a[start:stop], layers)
+        if blocks is None:
+            return jax.lax.scan(step, state, layers, unroll=self.unroll)[0]
+        masked = lambda h, kept: jax.lax.cond(kept[0], lambda h: step(h, kept[1]), lambda h: (h, None), h)
+        return jax.lax.scan(masked, state, layers, unroll=self.unroll)[0]
+
+    def project(self, state: Float[Array, "b n d"], c: Float[Array, "b2 n2 d"]) -> Float[Array, "b *size c2"]:
+        """Tokens after the last block to samples, in `dtype`; c2 = 2 c channels where learn_sigma is set."""
         shift, scale = jnp.split(self.modulation(jax.nn.silu(c)), 2, axis=-1)
-        return unpatchify(self.out(modulate(layer_norm(h), shift, scale)), self.patch)
+        return unpatchify(self.out(modulate(self.norm(state), shift, scale)), self.patch, self.grid)
+
+
+class SiT(DiT):
+    """DiT as SiT has it (2401.08740): time as it is, not times 1000, and twice the channels, half of them dropped.
+
+    The released nets have t = 1 at the data and predict the velocity towards it: `-net(x, 1 - t, y)` is the velocity
+    of `process.flow()`. A net that jdiff trains has jdiff's time and sign.
+    """
+
+    def __init__(
+        self, image_size: Size, channels: int, *, learn_sigma: bool = True, time_scale: float = 1.0, **options: Any
+    ):
+        super().__init__(image_size, channels, learn_sigma=learn_sigma, time_scale=time_scale, **options)

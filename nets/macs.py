@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .layers import Net
+from .net import Net
 
 
 def macs(net: Net, blocks: Sequence[Any] | np.ndarray | None = None) -> int:
@@ -18,7 +18,7 @@ def macs(net: Net, blocks: Sequence[Any] | np.ndarray | None = None) -> int:
     ValueError for a mask of another length.
     """
     keep = np.ones(net.num_blocks) if blocks is None else np.asarray(blocks)
-    image = jax.ShapeDtypeStruct((1, net.image_size, net.image_size, net.channels), jnp.float32)
+    image = jax.ShapeDtypeStruct((1, *net.shape), jnp.float32)
     label = jax.ShapeDtypeStruct((1,), jnp.int32) if net.num_classes else None
     call = lambda net, x, y, mask: net(x, jnp.zeros((), jnp.float32), y, blocks=mask)
     traced = jax.make_jaxpr(call)(net, image, label, jax.ShapeDtypeStruct(keep.shape, jnp.float32))

@@ -12,20 +12,10 @@ from jaxtyping import Array, Float
 
 from jdiff.mesh import BATCH, constrain
 
-from .layers import (
-    Attention,
-    Conditioning,
-    GroupNorm,
-    Linear,
-    Net,
-    SelfAttention,
-    modulate,
-    pool_time,
-    rematerialise,
-    wide,
-    xavier,
-    zeros,
-)
+from .conditioning import Conditioning
+from .layers import Attention, Conv, GroupNorm, Linear, SelfAttention, modulate, rematerialise, xavier, zeros
+from .net import Net
+from .patches import pool_time
 
 Resampling = Literal["same", "down", "up"]
 
@@ -66,10 +56,10 @@ class Block(nnx.Module):
         self.level = level
         self.to: Resampling = to
         self.norm_in = GroupNorm(channels, param_dtype)
-        self.conv_in = nnx.Conv(channels, out, (3, 3), kernel_init=xavier, **options)
+        self.conv_in = Conv(channels, out, (3, 3), kernel_init=xavier, **options)
         self.modulation = Linear(cond, 2 * out, kernel_init=xavier, **options)
         self.norm_out = GroupNorm(out, param_dtype)
-        self.conv_out = nnx.Conv(out, out, (3, 3), kernel_init=zeros, **options)
+        self.conv_out = Conv(out, out, (3, 3), kernel_init=zeros, **options)
         self.skip = Linear(channels, out, kernel_init=xavier, **options) if out != channels else None
         self.norm_attention = GroupNorm(out, param_dtype) if heads else None
         self.attention = SelfAttention(out, heads, attention=attention, out_init=zeros, **options) if heads else None
@@ -198,7 +188,7 @@ class UNet(Net):
             param_dtype=param_dtype,
             rngs=rngs,
         )
-        self.conv_in = nnx.Conv(channels, c, (3, 3), kernel_init=xavier, **options)
+        self.conv_in = Conv(channels, c, (3, 3), kernel_init=xavier, **options)
         down, middle, up, skips = [], [], [], [c]
         for level, out in enumerate(widths):
             if level:
@@ -216,7 +206,7 @@ class UNet(Net):
                 up.append(block(c, c, level - 1, to="up"))
         self.down, self.middle, self.up = nnx.List(down), nnx.List(middle), nnx.List(up)
         self.norm = GroupNorm(c, param_dtype)
-        self.conv_out = nnx.Conv(c, channels, (3, 3), kernel_init=zeros, **options)
+        self.conv_out = Conv(c, channels, (3, 3), kernel_init=zeros, **options)
 
     @property
     def num_blocks(self) -> int:
@@ -227,42 +217,56 @@ class UNet(Net):
         attentions = [block.attention for block in (*self.down, *self.middle, *self.up)]
         return tuple(a.heads for a in attentions if a is not None)
 
-    def __call__(
+    def embed(
+        self, x: Float[Array, "b height width c"], t: ArrayLike, y: ArrayLike | None = None
+    ) -> tuple[tuple[Array, tuple[Array, ...]], tuple[Array, ...]]:
+        """The state before the first block, (features, skips), and the conditioning of each resolution.
+
+        skips: feature maps of the way down that the way up has not taken yet, the last one on top.
+        """
+        self._check_sample(x)
+        y = self._labels(x, y)
+        levels = self.down[-1].level + 1
+        h = self.conv_in(x.astype(self.dtype))
+        return (h, (h,)), tuple(self.conditioning(pool_time(t, x.shape, 2**level), y) for level in range(levels))
+
+    def run(
         self,
-        x: Float[Array, "b height width c"],
-        t: ArrayLike,
-        y: ArrayLike | None = None,
+        state: tuple[Array, tuple[Array, ...]],
+        c: tuple[Array, ...],
+        start: int = 0,
+        stop: int | None = None,
+        *,
         blocks: ArrayLike | None = None,
         perturb: ArrayLike | None = None,
-    ) -> Float[Array, "b height width c"]:
-        """The network's output for images x at times t with labels y.
+    ) -> tuple[Array, tuple[Array, ...]]:
+        """The state after blocks start .. stop - 1 of those down, in the middle and up.
 
-        As `DiT.__call__`: x (b, image_size, image_size, channels); t a scalar, (b,), or any shape that
-        broadcasts against x, averaged to each resolution; y integer labels, None for the null label; blocks
-        (num_blocks,) over down, middle and up, 0 where only the shortcut of a block passes; perturb (layers, most
-        heads) or with the batch in front, over the attention layers in their order. Returns x's shape in float64
-        where x is float64, else float32. ValueError, when traced, for what does not fit.
+        blocks: 0 where only the shortcut of a block passes; perturb: over the attention layers in their order.
         """
-        y = self._check(x, y)
-        mask = None if blocks is None else iter(self._mask(blocks))
-        levels = self.down[-1].level + 1
-        cond = [self.conditioning(pool_time(t, x.shape, 2**level), y) for level in range(levels)]
-        us = None if perturb is None else iter(self._perturbation(perturb, x.shape[0]))
-        whole = rematerialise(lambda block, h, u: block(h, cond[block.level], u), self.remat, scanned=False)
-
-        def run(block: Block, h: Array) -> Array:
-            u = None if us is None or block.attention is None else next(us)
+        h, skips = state
+        start, stop = self._span(start, stop)
+        mask = None if blocks is None else self._mask(blocks)
+        us = None if perturb is None else self._perturbation(perturb, len(h))
+        whole = rematerialise(lambda block, h, u: block(h, c[block.level], u), self.remat, scanned=False)
+        attentions = 0
+        for i, block in enumerate((*self.down, *self.middle, *self.up)):
+            u = None if us is None or block.attention is None else us[attentions]
+            attentions += block.attention is not None
+            if not start <= i < stop:
+                continue
+            if i >= len(self.down) + len(self.middle) and block.to != "up":
+                h, skips = jnp.concatenate([h, skips[-1]], axis=-1), skips[:-1]
             if mask is None:
-                return whole(block, h, u)
-            return jax.lax.cond(next(mask), lambda h: whole(block, h, u), block.shortcut, h)
+                h = whole(block, h, u)
+            else:
+                h = jax.lax.cond(
+                    mask[i], lambda h, block=block, u=u: whole(block, h, u), lambda h, block=block: block.shortcut(h), h
+                )
+            if i < len(self.down):
+                skips = (*skips, h)
+        return h, skips
 
-        h = self.conv_in(x.astype(self.dtype))
-        skips = [h]
-        for block in self.down:
-            skips.append(h := run(block, h))
-        for block in self.middle:
-            h = run(block, h)
-        for block in self.up:
-            h = run(block, h if block.to == "up" else jnp.concatenate([h, skips.pop()], axis=-1))
-        h = self.conv_out(jax.nn.silu(self.norm(h)))
-        return h.astype(wide(x.dtype))
+    def project(self, state: tuple[Array, tuple[Array, ...]], c: tuple[Array, ...]) -> Float[Array, "b height width c"]:
+        """Features after the last block to images, in `dtype`."""
+        return self.conv_out(jax.nn.silu(self.norm(state[0])))

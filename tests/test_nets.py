@@ -12,7 +12,7 @@ from scipy.signal import correlate2d
 from scipy.special import softmax
 
 from jdiff import nets
-from jdiff.nets import dit, layers, unet
+from jdiff.nets import dit, patches, unet
 
 TINY = {
     "DiT": {"patch": 2, "width": 32, "depth": 3, "heads": 4},
@@ -64,8 +64,8 @@ Y = jnp.asarray([3, 0], jnp.int32)
 
 
 # --- against what is published
-# The released DiT-XL/2 prints 675,129,632 parameters: with its fixed positions (256 x 1152), which are not trained, and
-# the 16 outputs a token that predict a variance, which this net does not have.
+# The released DiT-XL/2 and SiT-XL/2 print 675,129,632 parameters: with their fixed positions (256 x 1152), which are not
+# trained, and the 16 outputs a token that predict a variance.
 @pytest.mark.parametrize(
     ("name", "layers", "width", "heads", "millions"),  # 2212.09748, tables 1 and 4
     [
@@ -81,6 +81,7 @@ def test_dit_sizes_are_the_published_ones(name, layers, width, heads, millions):
     assert (net.depth, net.width, net.blocks.attention.heads) == (layers, width, heads)
     if name == "DiT-XL/2":
         assert count(net) == 675_129_632 - 256 * 1152 - 16 * (1152 + 1)
+        assert count(abstract("SiT-XL/2", 32, 4, num_classes=1000)) == 675_129_632 - 256 * 1152
 
 
 def test_unet_sizes():
@@ -367,12 +368,12 @@ def test_times_are_pooled():
         part = t[tuple(slice(n) for n in (1,) * (4 - len(shape)) + shape)].reshape(shape)
         full = np.broadcast_to(part[:, None, None, None] if len(shape) == 1 else part, t.shape)
         want = [[full[:, i : i + 4, j : j + 4].astype(np.float64).mean((1, 2, 3)) for j in (0, 4)] for i in (0, 4)]
-        got = layers.pool_time(part, t.shape, 4)
+        got = patches.pool_time(part, t.shape, 4)
         assert got.dtype == jnp.float32
         np.testing.assert_allclose(np.broadcast_to(got, (2, 2, 2)), np.moveaxis(want, 2, 0), rtol=1e-6)
-    assert layers.pool_time(0.5, t.shape, 4).shape == (1, 1, 1)  # one time is embedded once
+    assert patches.pool_time(0.5, t.shape, 4).shape == (1, 1, 1)  # one time is embedded once
     with pytest.raises(ValueError, match="the time is int32"):
-        layers.pool_time(jnp.int32(1), t.shape, 4)
+        patches.pool_time(jnp.int32(1), t.shape, 4)
 
 
 def test_a_time_a_pixel_reaches_its_token_only():

@@ -85,7 +85,7 @@ def fit_solver(run: Path, config: FitConfig) -> dict[str, Any]:
     null = net.null_label if config.guidance != 1.0 else 0
     labels = Labelled(meta["net"]["num_classes"], config.label, config.guidance, null)
     source = Partial(labels, model)
-    name, shape = f"{fingerprint(model)} {labels}", (net.image_size, net.image_size, net.channels)
+    name, shape = f"{fingerprint(model)} {labels}", net.shape
     folder = config.out.parent / "references" if config.references is None else config.references
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     with Progress(*columns) as bar:

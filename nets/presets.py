@@ -1,0 +1,96 @@
+"""Nets by name."""
+
+import difflib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from flax import nnx
+
+from .dit import DiT, SiT
+from .net import Net
+from .patches import Size
+from .unet import UNet
+
+
+class Preset(NamedTuple):
+    """A named net: its class, the options that the name stands for, and one line about it."""
+
+    net: type[Net]
+    options: dict[str, Any]
+    doc: str
+
+
+_SIZES = {
+    "S": {"depth": 12, "width": 384, "heads": 6},
+    "B": {"depth": 12, "width": 768, "heads": 12},
+    "L": {"depth": 24, "width": 1024, "heads": 16},
+    "XL": {"depth": 28, "width": 1152, "heads": 16},
+}
+_MILLIONS = {"S": 33, "B": 130, "L": 458, "XL": 675}
+
+
+def _transformers(net: type[Net], source: str, patches: Sequence[int]) -> dict[str, Preset]:
+    return {
+        f"{net.__name__}-{size}/{p}": Preset(
+            net,
+            {"patch": p, **_SIZES[size]},
+            f"{net.__name__}-{size} of {source}, {_MILLIONS[size]}M parameters, patch {p}",
+        )
+        for size in _SIZES
+        for p in patches
+    }
+
+
+_TINY = {"depth": 4, "width": 128, "heads": 4}
+
+PRESETS: dict[str, Preset] = {
+    "DiT": Preset(DiT, {}, "diffusion transformer with adaLN-Zero; give patch, width, depth and heads"),
+    **{
+        f"DiT-Ti/{p}": Preset(
+            DiT, {"patch": p, **_TINY}, f"small DiT of our own for digits, 1.3M parameters, patch {p}"
+        )
+        for p in (1, 2)
+    },
+    **_transformers(DiT, "2212.09748", (2, 4, 8)),
+    "SiT": Preset(SiT, {}, "DiT with SiT's time and channels; give patch, width, depth and heads"),
+    **_transformers(SiT, "2401.08740", (2, 4, 8)),
+    "UNet": Preset(UNet, {}, "ADM's U-Net; give width, multipliers and blocks"),
+    "UNet-Ti": Preset(
+        UNet,
+        {"width": 32, "multipliers": (1, 2), "blocks": 1, "head_width": 32},
+        "small U-Net of our own for digits, 0.8M parameters",
+    ),
+    "UNet-CIFAR": Preset(
+        UNet,
+        {"width": 128, "multipliers": (1, 2, 2, 2), "blocks": 2, "attention_at": (16,), "head_width": None},
+        "DDPM's widths for 32 x 32 (2006.11239) in ADM's blocks, 42.9M parameters (DDPM: 35.7M)",
+    ),
+    "UNet-ADM-64": Preset(
+        UNet,
+        {
+            "width": 192,
+            "multipliers": (1, 2, 3, 4),
+            "blocks": 3,
+            "attention_at": (32, 16, 8),
+            "head_width": 64,
+        },
+        "ADM's net for 64 x 64 ImageNet (2105.05233), 296M parameters",
+    ),
+}
+"""Nets by name. Sizes are counted at the papers' own image sizes and labels."""
+
+
+def build(name: str, image_size: Size, channels: int, *, rngs: nnx.Rngs, **options: Any) -> Any:
+    """The net called `name` in PRESETS, for images (image_size, image_size, channels), or (*image_size, channels).
+
+    `options` are the constructor's and win over the preset's. `build(**net.config, rngs=rngs)` is `net` with
+    new parameters. ValueError for an unknown name (with the nearest one) and for what the class refuses.
+    """
+    if name not in PRESETS:
+        nearest = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.0)
+        raise ValueError(f"unknown net {name!r}; did you mean {nearest[0]!r}? Known: {', '.join(PRESETS)}")
+    preset = PRESETS[name]
+    make: Any = preset.net
+    net = make(image_size, channels, **{**preset.options, **options}, rngs=rngs)
+    net.name = name
+    return net
