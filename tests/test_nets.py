@@ -64,8 +64,8 @@ Y = jnp.asarray([3, 0], jnp.int32)
 
 
 # --- against what is published
-# The released DiT-XL/2 and SiT-XL/2 print 675,129,632 parameters: with their fixed positions (256 x 1152), which are not
-# trained, and the 16 outputs a token that predict a variance.
+# The released DiT-XL/2 and SiT-XL/2 print 675,129,632 parameters: with their fixed positions (256 x 1152), which are
+# not trained, and the 16 outputs a token that predict a variance.
 @pytest.mark.parametrize(
     ("name", "layers", "width", "heads", "millions"),  # 2212.09748, tables 1 and 4
     [
