@@ -64,12 +64,18 @@ def posterior(
     return {name: np.stack(v) for name, v in each.items()} | {"see": see}
 
 
-def network(A: anchored.Anchored, arrays: dict[str, jax.Array], x: jax.Array, t: Any, y: jax.Array) -> jax.Array:
-    """E[x0 | x_t, y] from the unshifted x_t, as a trained restoration network gives it."""
-    low = y @ jnp.asarray(arrays["see"].T, x.dtype)
+def components(arrays: dict[str, jax.Array], y: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Means (n, k, d) and log-weights (n, k) of x0 | y."""
+    low = y @ jnp.asarray(arrays["see"].T, y.dtype)
     m = arrays["shift"] + jnp.einsum("kij,nj->nki", arrays["slope"], low)
     whitened = jnp.einsum("kij,nkj->nki", arrays["root"], low[:, None] - arrays["centre"])
     log_w = jnp.sum(jnp.log(jnp.diagonal(arrays["root"], axis1=1, axis2=2)), -1) - 0.5 * jnp.sum(whitened**2, -1)
+    return m, log_w
+
+
+def network(A: anchored.Anchored, arrays: dict[str, jax.Array], x: jax.Array, t: Any, y: jax.Array) -> jax.Array:
+    """E[x0 | x_t, y] from the unshifted x_t, as a trained restoration network gives it."""
+    m, log_w = components(arrays, y)
     a, s, b = A.process.alpha(t), A.process.sigma(t), A.b(A.process, t)
     z = jnp.einsum("kij,nki->nkj", arrays["vectors"], (x - b * y)[:, None] - a * m)
     var = jnp.maximum(a * a * arrays["values"] + s * s, 1e-9)  # a bridge ends without noise
@@ -83,6 +89,12 @@ def model(theta: str = "cosine", sigma_inf: float = 0.5) -> tuple[anchored.Ancho
     mr = anchored.Anchored(process.mean_reverting(theta, sigma_inf))
     arrays = {k: jnp.asarray(v, jnp.float32) for k, v in posterior().items()}
     return mr, jax.tree_util.Partial(partial(network, mr), arrays)
+
+
+def fidelity(arrays: dict[str, jax.Array], y: jax.Array) -> jax.Array:
+    """E[x0 | y] of the exact prior: the restoration of least squared error."""
+    m, log_w = components(arrays, y)
+    return jnp.einsum("nk,nki->ni", jax.nn.softmax(log_w, -1), m)
 
 
 # A trained network --------------------------------------------------------------------------------------------------
@@ -106,16 +118,17 @@ def mlp(p: process.Process, params: list[Any], x: jax.Array, t: Any, y: jax.Arra
 def trained(A: anchored.Anchored, pairs: Any, data: Any, steps: int, width: int = 192) -> list[Any]:
     """Parameters of SEEDS networks, stacked: mean squared error of x0, t uniform, Adam, cosine decay from 2e-3.
 
-    pairs(data, key) -> (x0, y), a fresh batch of training pairs.
+    pairs(data, key) -> (x0, y), a fresh batch of training pairs, or (x0, y, noise map).
     """
     p, d = A.process, jax.eval_shape(pairs, data, jax.random.key(0))[0].shape[1]
     sizes = [2 * d + 8, width, width, d]
 
     def loss(params: Any, key: Any) -> jax.Array:
         draw, time, noise = jax.random.split(key, 3)
-        x0, y = pairs(data, draw)
+        x0, y, *scale = pairs(data, draw)
         t = p.t_max * (1.0 - jax.random.uniform(time, (len(x0), 1)))
-        x = p.alpha(t) * x0 + A.b(p, t) * y + p.sigma(t) * jax.random.normal(noise, x0.shape)
+        eps = jax.random.normal(noise, x0.shape) * (scale[0] if scale else 1.0)
+        x = p.alpha(t) * x0 + A.b(p, t) * y + p.sigma(t) * eps
         return jnp.mean((mlp(p, params, x, t, y) - x0) ** 2)
 
     tx = optax.adam(optax.cosine_decay_schedule(2e-3, steps))
@@ -137,9 +150,13 @@ def trained(A: anchored.Anchored, pairs: Any, data: Any, steps: int, width: int 
     return jax.vmap(train)(jnp.arange(SEEDS))
 
 
-def restored(A: anchored.Anchored, fn: Any, params: Any, tableau: Any, y: jax.Array, key: Any) -> jax.Array:
+def restored(
+    A: anchored.Anchored, fn: Any, params: Any, tableau: Any, y: jax.Array, key: Any, scale: Any = None
+) -> jax.Array:
     """Samples (n, d) from the published start; fn(params, x, t, y) predicts x0 from the unshifted state."""
-    return jdiff.sample(A.denoiser(fn, "x0", y, params=params), tableau, A.prior(key, y), jax.random.fold_in(key, 1))
+    denoiser = A.denoiser(fn, "x0", y, params=params, scale=scale)
+    x = jdiff.sample(denoiser, tableau, A.prior(key, y, scale=scale), jax.random.fold_in(key, 1))
+    return x if scale is None else A.unshift(x, y, 0.0, scale)
 
 
 @dataclass(frozen=True)

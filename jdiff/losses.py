@@ -14,6 +14,7 @@ time, its noise and whether its label is dropped depend on the key and on the sa
 is the same in any batch and on any mesh.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
@@ -57,6 +58,29 @@ def logit_normal(process: Process, mean: float = 0.0, std: float = 1.0) -> TimeS
     defaults of Stable Diffusion 3.
     """
     return log_normal(process, mean, std)
+
+
+def beta(mean: Any, concentration: Any = 4.0) -> TimeSampler:
+    """Beta distributed numbers in (0, 1), a = mean c and b = (1 - mean) c: times of `discrete.masked_loss`, of `flow`.
+
+    SDAR-VL's curriculum (PBNC) raises the mean over training and keeps the concentration c: mean and c may be traced,
+    so `beta(0.3 + 0.4 * step / steps)` inside a training step compiles once. Mean 1/2 and c = 2 is uniform. By
+    bisection, to 2^-24. ValueError for numbers outside 0 < mean < 1, c > 0.
+    """
+    for name, value, top in (("mean", mean, 1.0), ("concentration", concentration, math.inf)):
+        if isinstance(value, (int, float)) and not 0 < value < top:
+            raise ValueError(f"beta: {name} is {value}; expected a number in (0, {top:g})")
+
+    def sampler(u: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+        a, b = (jnp.asarray(v, u.dtype) for v in (mean * concentration, (1 - mean) * concentration))
+
+        def halve(k: Any, low: Array) -> Array:
+            step = 0.5 ** (jnp.asarray(k, u.dtype) + 1.0)
+            return jnp.where(jax.scipy.special.betainc(a, b, low + step) < u, low + step, low)
+
+        return jax.lax.fori_loop(0, 24, halve, jnp.zeros_like(u)) + 2.0**-25
+
+    return sampler
 
 
 TIMES = {"uniform": uniform, "logit_normal": logit_normal, "log_normal": log_normal}
@@ -138,6 +162,27 @@ def drop_labels(
 ) -> Int[Array, " batch"]:
     """Labels, each replaced by `null_label` with this probability: for classifier-free guidance (Ho and Salimans)."""
     return jnp.where(uniforms(key, index) < probability, jnp.asarray(null_label, y.dtype), y)
+
+
+def uncertain(
+    key: Array, condition: Float[Array, "batch tokens channels"], probability: float = 0.5
+) -> Float[Array, "batch tokens channels"]:
+    """A condition whose statistics are uncertain, for a network that will be conditioned on a model's own errors.
+
+    Each sample's mean and standard deviation over tokens, a number a channel, are moved by normal noise as large as
+    they vary over the batch, with this probability a sample: ARLON's uncertainty sampling (Li et al. 2024, arXiv
+    2410.20502) in the form of DSU (Li et al. 2022, arXiv 2202.03958), since ARLON has no public code. In training only:
+    unlike noise, it depends on the other samples of the batch. ValueError for no probability.
+    """
+    if not 0 <= probability <= 1:
+        raise ValueError(f"uncertain: probability is {probability}; expected a number in [0, 1]")
+    which, *keys = jax.random.split(key, 3)
+    mean = condition.mean(1, keepdims=True)
+    std = jnp.sqrt(condition.var(1, keepdims=True) + 1e-6)
+    move = lambda k, v: v + jax.random.normal(k, v.shape, v.dtype) * v.std(0, keepdims=True)
+    new = move(keys[1], std) * (condition - mean) / std + move(keys[0], mean)
+    chosen = jax.random.bernoulli(which, probability, (len(condition), 1, 1))
+    return jnp.where(chosen, new, condition)
 
 
 def _beside(t: Array, leaf: Array) -> Array:

@@ -200,3 +200,43 @@ def test_bad_input():
             losses.denoising_loss(apply, p, **{"prediction": "eps", **options})
     with pytest.raises(ValueError, match="shape"):
         losses.denoising_loss(lambda *a: jnp.zeros((2, 3)), p, "eps")(None, jax.random.key(0), jnp.ones((2, 4)))
+
+
+def test_beta_times_are_scipys_quantiles_and_a_curriculum_compiles_once():
+    u = jnp.asarray([1e-3, 0.1, 0.5, 0.77, 0.999])
+    traces = []
+
+    @jax.jit
+    def times(mean, u):
+        traces.append(0)
+        return losses.beta(mean, 4.0)(u)
+
+    for mean in (0.3, 0.5, 0.8):
+        np.testing.assert_allclose(times(mean, u), stats.beta.ppf(u, 4 * mean, 4 * (1 - mean)), atol=2e-7)
+    assert len(traces) == 1
+    np.testing.assert_allclose(losses.beta(0.5, 2.0)(u), u, atol=2e-7)
+    for mean, c, match in ((1.0, 4.0, "mean is 1.0"), (0.5, 0.0, "concentration is 0.0")):
+        with pytest.raises(ValueError, match=match):
+            losses.beta(mean, c)
+
+
+def test_uncertain_conditions_move_by_the_batchs_own_spread():
+    """Mean and deviation over tokens move by normals of their spread over the batch; in between all is affine."""
+    c = jax.random.normal(jax.random.key(0), (400, 6, 3)) * 2 + jax.random.normal(jax.random.key(1), (400, 1, 3))
+    found = losses.uncertain(jax.random.key(2), c, 1.0)
+    for statistic in (lambda v: v.mean(1), lambda v: v.std(1)):
+        moved = np.asarray(statistic(jnp.asarray(found)) - statistic(c))
+        spread = np.asarray(statistic(c)).std(0)
+        right = 4 / np.sqrt(400)
+        if statistic(c).mean() > 1:  # a deviation that would be negative turns over
+            moved = moved[(np.asarray(statistic(c)) > 4 * spread).all(1)]
+            right = 4 / np.sqrt(len(moved))
+        assert (np.abs(moved.mean(0)) < right * spread).all()
+        assert (np.abs(moved.std(0) / spread - 1) < right / np.sqrt(2)).all()
+    order = lambda v: np.argsort(np.abs(np.asarray(v) - np.asarray(v).mean(1, keepdims=True)), 1)
+    np.testing.assert_array_equal(order(found), order(c))
+    np.testing.assert_array_equal(losses.uncertain(jax.random.key(2), c, 0.0), c)
+    half = np.asarray(losses.uncertain(jax.random.key(3), c, 0.5) == c).all((1, 2)).mean()
+    assert abs(half - 0.5) < 4 * 0.5 / np.sqrt(400)
+    with pytest.raises(ValueError, match="probability is 1.5"):
+        losses.uncertain(jax.random.key(0), c, 1.5)

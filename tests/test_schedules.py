@@ -156,6 +156,23 @@ def test_given_frames_condition_the_others_exactly(known):
     assert np.abs(np.cov(found[:, a].T) - cov).max() < 4 * np.sqrt(2 / 8000) * np.diag(cov).max() + 2e-3
 
 
+def test_history_with_a_little_noise():
+    """SkyReels-V2: known frames noised to t = 0.2, and told so: the law given noisy frames, from the affine sampler."""
+    known, t, value = np.array([True, True, False, False]), 0.2, 0.9
+    M = schedules.given(schedules.synchronous(F, 40), known)
+    T = schedules.scheduled(solvers.unipc(2)(P, times.uniform(P, 40)), M, end=np.where(known, t, 0.0))
+    x = np.where(known, value, np.concatenate([np.zeros((1, F)), np.eye(F)[~known]]))
+    y = sample(T, jnp.asarray(x))
+    np.testing.assert_array_equal(y[:, known], value)
+    a, b = ~known, known
+    seen = (1 - t) ** 2 * COV[np.ix_(b, b)] + t * t * np.eye(2)
+    gain = (1 - t) * COV[np.ix_(a, b)] @ np.linalg.inv(seen)
+    np.testing.assert_allclose(y[0, a], VIDEO.mean[a] + gain @ (value - (1 - t) * VIDEO.mean[b]), atol=2e-3)
+    matrix = (y[1:, a] - y[0, a]).T
+    right = COV[np.ix_(a, a)] - (1 - t) * gain @ COV[np.ix_(b, a)]
+    np.testing.assert_allclose(matrix @ matrix.T, right, atol=4e-3)
+
+
 def test_a_modality_left_as_noise_says_nothing():
     """UniDiffuser's marginals: the given elements are noise, seen at t_max; the others' law is their marginal."""
     known = np.array([True, False, False, True])

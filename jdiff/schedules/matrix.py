@@ -112,8 +112,9 @@ def scheduled(tables: Tableau | Sequence[Tableau], M: Any, which: Any = 0, *, en
              to be revised and holes that are to be filled (WorldWarp), beside others from pure noise
     M        (calls + 1, *elements); see `check`. Elements known from the start (`given`) hold their value
     end      the time at which the network sees elements that are done or given; a number, or one an element. Given ones
-             with noise in their places and end = process.t_max say nothing: the others get their marginal law
-             (UniDiffuser)
+             that `process.diffuse` noised to that time are history with a little noise (SkyReels-V2's 0.02, which keeps
+             errors from piling up); with noise in their places and end = process.t_max they say nothing: the others
+             get their marginal law (UniDiffuser)
     Of a `process.system` the elements are its parts, sorted by name: M is (calls + 1, parts), and the network is told
     a dict of times. ValueError for a matrix that does not fit, tables of several processes or with coefficients an
     element already.
