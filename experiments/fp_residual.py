@@ -151,7 +151,8 @@ def finish(settings: Settings, cells: Mapping[tuple[str, Any], reproduce.Cell], 
         f"Three layers of width {WIDTH}, {settings.steps} steps of batch 128, {SEEDS} seeds, vp_linear; {settings.n} "
         f"samples a law; two sets of exact draws are {e('none', 100, 'floor'):.3g} apart. Residual: of the score, the "
         f"median over t in [{START}, 1] (0 for the exact one). Deveney et al. 2023 report, in figures, that the term "
-        "brings the ODE's law to the SDE's, and may cost the SDE's quality; the bounds are our own, set before the run.",
+        "brings the ODE's law to the SDE's, and may cost the SDE's quality; the bounds are our own, set before the "
+        "run.",
         "",
         "## At 100 steps",
         "",

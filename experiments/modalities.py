@@ -217,7 +217,8 @@ def finish(context: Context, cells: Mapping[tuple[str, Any], reproduce.Cell], ou
         f"{len(context.labels)} samples a cell against the held-out digits, means over {s.seeds} seeds of net and "
         f"noise; UniPC-2; an MLP of {DEPTH} residual blocks of width {WIDTH}, {s.steps} steps of batch 64, x0 "
         f"predicted on the flow process. The training digits have a Fréchet distance of "
-        f"{floor['Fréchet distance']:.3g}. Evaluations are a part's own: a lead makes more network calls, and guidance three a call.",
+        f"{floor['Fréchet distance']:.3g}. Evaluations are a part's own: a lead makes more network "
+        "calls, and guidance three a call.",
         "",
         "## Agreement of image and label",
         "",
