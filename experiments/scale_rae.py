@@ -144,9 +144,9 @@ def finish(settings: Settings, cells: Mapping[tuple[str, Any], reproduce.Cell], 
     return [
         f"DDIM, {settings.evaluations} evaluations even in t, {settings.n} samples, means over {SEEDS} seeds; nets of "
         f"two layers of width {WIDTH}, {settings.steps} steps of batch 128, trained on the schedule that they sample "
-        "with. Published (Scale-RAE): with the shift a representation autoencoder converges 4.0 times (GenEval) as fast "
-        "as the FLUX autoencoder, at 2.4 billion parameters; of its choices the shift alone matters at scale. The bound "
-        "0.8 is our own, set before the run.",
+        "with. Published (Scale-RAE): with the shift a representation autoencoder converges 4.0 times (GenEval) as "
+        "fast as the FLUX autoencoder, at 2.4 billion parameters; of its choices the shift alone matters at scale. The "
+        "bound 0.8 is our own, set before the run.",
         "",
         f"Standard deviation outside the plane over the right one ({REST}):",
         "",

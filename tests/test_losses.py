@@ -238,5 +238,5 @@ def test_uncertain_conditions_move_by_the_batchs_own_spread():
     np.testing.assert_array_equal(losses.uncertain(jax.random.key(2), c, 0.0), c)
     half = np.asarray(losses.uncertain(jax.random.key(3), c, 0.5) == c).all((1, 2)).mean()
     assert abs(half - 0.5) < 4 * 0.5 / np.sqrt(400)
-    with pytest.raises(ValueError, match="probability is 1.5"):
+    with pytest.raises(ValueError, match=r"probability is 1\.5"):
         losses.uncertain(jax.random.key(0), c, 1.5)
