@@ -1,4 +1,4 @@
-"""The command line: `jdiff train`, `sample`, `statistics`, `reproduce NAME`, `list`."""
+"""The command line: `jdiff train`, `sample`, `statistics`, `plan`, `reproduce NAME`, `list`."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -13,6 +13,7 @@ HELP = """\
   train             train a DiT or a UNet on images; started again, it goes on exactly where it was
   sample RUN        sample a trained model with any solver; writes a PNG grid and an .npz
   statistics RUN    measure what DPM-Solver-v3 wants to know of a model; a file for `sample`
+  plan              compile a run for a TPU pod that is not there: memory, FLOPs, collectives, a model of its speed
   fit-solver RUN    fit a solver to a model and a number of network evaluations; writes a .safetensors file
   reproduce NAME    compute a paper's table again, with a plot and sample grids
   list [GROUP]      what there is: processes, time grids, solvers, nets, experiments; `list solvers` says more of them
@@ -307,6 +308,14 @@ def _fit_solver(args: Sequence[str]) -> None:
     _with_run("fit-solver", FitConfig, fit_solver)(args)
 
 
+def _plan(args: Sequence[str]) -> None:
+    import tyro
+
+    from jdiff.plan.command import PlanOptions, run
+
+    run(tyro.cli(PlanOptions, args=args, prog="jdiff plan"))
+
+
 def _reproduce(args: Sequence[str]) -> None:
     from jdiff import reproduce as tables
 
@@ -323,6 +332,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "train": _train,
     "sample": _with_run("sample", SampleConfig, sample),
     "statistics": _with_run("statistics", StatisticsConfig, statistics),
+    "plan": _plan,
     "fit-solver": _fit_solver,
     "reproduce": _reproduce,
     "list": lambda args: listing(*args[:1]),

@@ -108,6 +108,60 @@ def make_train_step(
 
 
 # -------------------------------------------------------------------------------------------------- a whole run
+class Program(NamedTuple):
+    """What a configuration compiles to on a mesh; not compiled yet. `jdiff.plan` compiles the same ahead of time.
+
+    net: shapes alone. init: jitted, seed () uint32 -> (state, empty meter). step: jitted, as of `make_train_step`.
+    state, meter: shapes with shardings. batch: the sharding of images and labels. inputs: names of a batch's arrays.
+    """
+
+    net: Any
+    call: NetCall
+    loss: losses.Loss
+    init: Any
+    step: Any
+    state: TrainState
+    meter: Meter
+    batch: Any
+    inputs: tuple[str, ...]
+
+
+def program(config: TrainConfig, images: Any, mesh: Any) -> Program:
+    """The programs of `train`. images: has shape (height, width, channels) and num_classes, as a `jdiff.data.Dataset`.
+
+    ValueError for a configuration that does not fit together or does not divide by the mesh.
+    """
+    from flax import nnx
+
+    build = lambda seed: recipe.build_net(config, images, nnx.Rngs(jax.random.key(seed)))
+    net = nnx.eval_shape(lambda: build(0))
+    meshes.check(mesh, net, config.batch)
+    call = NetCall(nnx.graphdef(net), recipe.make_process(config), recipe.sigma_data_of(config))
+    conditional = bool(net.config["num_classes"])
+    loss = recipe.make_loss(config, call, net.null_label if conditional and config.label_dropout else None)
+    optimizer = recipe.make_optimizer(config)
+
+    def fresh(seed: UInt32[Array, ""]) -> tuple[TrainState, Meter]:
+        return init_state(nnx.to_pure_dict(nnx.state(build(seed))), optimizer, config.ema), meter()
+
+    shapes = jax.eval_shape(fresh, jax.ShapeDtypeStruct((), jnp.uint32))
+    everywhere = meshes.everywhere(mesh)
+    laid = meshes.shardings(mesh, net, shapes[0]), jax.tree.map(lambda _: everywhere, shapes[1])
+    state, sums = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, laid)
+    step = meshes.on(mesh, make_train_step(loss, optimizer, config.ema))
+    return Program(
+        net,
+        call,
+        loss,
+        jax.jit(fresh, out_shardings=laid),
+        jax.jit(step, donate_argnums=0, out_shardings=laid),
+        state,
+        sums,
+        meshes.batch(mesh),
+        ("image", "label") if conditional else ("image",),
+    )
+
+
 def train(
     config: TrainConfig,
     callback: Callable[[int, dict[str, float]], None] | None = None,
@@ -124,32 +178,20 @@ def train(
     mesh, net and images), CheckpointError where config.out holds a run of another configuration or damaged files.
     FloatingPointError at a non-finite loss or gradient names its step; the last checkpoint before it is kept.
     """
-    from flax import nnx
-
     from jdiff import data
 
     recipe.check(config)
-    mesh, process = meshes.make(config.mesh), recipe.make_process(config)
+    mesh = meshes.make(config.mesh)
+    recipe.make_process(config)  # a wrong name is reported before data are read
     if dataset is None:
         part = "train" if config.split is None and config.data == "digits" else config.split
         dataset = data.load(config.data, split=part, size=config.size, data_dir=config.data_dir)
     data.batch_indices(len(dataset), config.batch, config.seed, 0)  # reports a batch larger than the data set
-    build = lambda seed: recipe.build_net(config, dataset, nnx.Rngs(jax.random.key(seed)))
-    net = nnx.eval_shape(lambda: build(0))
-    meshes.check(mesh, net, config.batch)
-    graph, conditional = nnx.graphdef(net), bool(net.config["num_classes"])
-    call = NetCall(graph, process, recipe.sigma_data_of(config))
-    loss = recipe.make_loss(config, call, net.null_label if conditional and config.label_dropout else None)
-    optimizer, rate = recipe.make_optimizer(config), jax.jit(recipe.learning_rate(config))
-    meta = recipe.meta(config, net, dataset)
-
-    everywhere, split = meshes.everywhere(mesh), meshes.batch(mesh)
+    run = program(config, dataset, mesh)
+    rate, meta = jax.jit(recipe.learning_rate(config)), recipe.meta(config, run.net, dataset)
     seed = jnp.uint32(config.seed)  # an argument of both programs: a constant would be folded, slowly
-    fresh = lambda seed: init_state(nnx.to_pure_dict(nnx.state(build(seed))), optimizer, config.ema)
-    laid = meshes.shardings(mesh, net, jax.eval_shape(fresh, seed)), everywhere
-    state, empty = jax.jit(lambda seed: (fresh(seed), meter()), out_shardings=laid)(seed)
-    step = meshes.on(mesh, make_train_step(loss, optimizer, config.ema))
-    step_fn = jax.jit(step, donate_argnums=0, out_shardings=laid)
+    state, empty = run.init(seed)
+    graph = run.call.graph
 
     out = Path(config.out)
     state, sums, start = _resume(out, config, state, empty)
@@ -165,7 +207,6 @@ def train(
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-    wanted = ("image", "label") if conditional else ("image",)
     in_flight, clock = sums, _Clock()
     with (
         checkpoint.writer(out / "checkpoints", config.keep) as checkpoints,
@@ -176,8 +217,8 @@ def train(
     ):
         for done in range(start + 1, config.steps + 1):
             host = next(stream)
-            batch = {k: jax.make_array_from_process_local_data(split, host[k]) for k in wanted}
-            before, (state, sums) = sums, step_fn(state, sums, batch, seed)
+            batch = {k: jax.make_array_from_process_local_data(run.batch, host[k]) for k in run.inputs}
+            before, (state, sums) = sums, run.step(state, sums, batch, seed)
             jax.block_until_ready(in_flight)  # at most two steps in flight: batches must not pile up
             in_flight = before
             clock.step(sums)

@@ -22,17 +22,17 @@ def macs(net: Net, blocks: Sequence[Any] | np.ndarray | None = None) -> int:
     label = jax.ShapeDtypeStruct((1,), jnp.int32) if net.num_classes else None
     call = lambda net, x, y, mask: net(x, jnp.zeros((), jnp.float32), y, blocks=mask)
     traced = jax.make_jaxpr(call)(net, image, label, jax.ShapeDtypeStruct(keep.shape, jnp.float32))
-    always, branches = _count(traced.jaxpr)
+    always, branches = count(traced.jaxpr)
     return int(always + sum(run if k else skip for (skip, run), k in zip(branches, keep, strict=True)))
 
 
-def _count(jaxpr: Any) -> tuple[int, list[tuple[int, int]]]:
+def count(jaxpr: Any) -> tuple[int, list[tuple[int, int]]]:
     """Products outside of conditionals; and of each conditional in turn the counts of its two branches."""
     total, branches = 0, []
     for eqn in jaxpr.eqns:
         name, shape = eqn.primitive.name, eqn.outvars[0].aval.shape if eqn.outvars else ()
         if name == "cond":
-            branches.append(tuple(_count(branch.jaxpr)[0] for branch in eqn.params["branches"]))
+            branches.append(tuple(count(branch.jaxpr)[0] for branch in eqn.params["branches"]))
         elif name == "dot_general":
             (left, _), _ = eqn.params["dimension_numbers"]
             total += math.prod(shape) * math.prod(eqn.invars[0].aval.shape[i] for i in left)
@@ -42,7 +42,7 @@ def _count(jaxpr: Any) -> tuple[int, list[tuple[int, int]]]:
         else:
             inside = [getattr(v, "jaxpr", v) for v in jax.tree.leaves(list(eqn.params.values()))]
             for inner in (v for v in inside if hasattr(v, "eqns")):
-                once, conds = _count(inner)
+                once, conds = count(inner)
                 repeats = eqn.params.get("length", 1)  # of a scan
                 total, branches = total + repeats * once, branches + repeats * conds
     return total, branches
