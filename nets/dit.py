@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, PyTree
 from jdiff.mesh import BATCH, constrain
 
 from .conditioning import Conditioning
-from .layers import NORMS, Attention, Linear, RMSNorm, SelfAttention, modulate, rematerialise, xavier, zeros
+from .layers import NORMS, Attention, Linear, RMSNorm, SelfAttention, by_column, modulate, rematerialise, xavier, zeros
 from .net import Net
 from .patches import Size, patchify, per_axis, pool_time, positions, unpatchify
 from .rope import Rotations, rotations
@@ -62,7 +62,7 @@ class Block(nnx.Module):
         rotations: Rotations | None = None,
     ) -> Float[Array, "b n d"]:
         """x: tokens; c: conditioning a sample (n2 = 1) or a token (n2 = n); the rest: see `SelfAttention`."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(self.modulation(jax.nn.silu(c)), 6, axis=-1)
+        shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(by_column(self.modulation, jax.nn.silu(c)), 6, axis=-1)
         h = self.attention(modulate(self.norm(x), shift1, scale1), perturb, rotations)
         x = x + gate1 * (h if self.norm_attention is None else self.norm_attention(h))
         hidden = jax.nn.gelu(self.mlp_in(modulate(self.norm(x), shift2, scale2)), approximate=True)
@@ -292,7 +292,7 @@ class DiT(Net):
 
     def project(self, state: Float[Array, "b n d"], c: Float[Array, "b2 n2 d"]) -> Float[Array, "b *size c2"]:
         """Tokens after the last block to samples, in `dtype`; c2 = 2 c channels where learn_sigma is set."""
-        shift, scale = jnp.split(self.modulation(jax.nn.silu(c)), 2, axis=-1)
+        shift, scale = jnp.split(by_column(self.modulation, jax.nn.silu(c)), 2, axis=-1)
         return unpatchify(self.out(modulate(self.norm(state), shift, scale)), self.patch, self.grid)
 
 
