@@ -111,8 +111,8 @@ def modulate(x: Array, shift: Array, scale: Array) -> Array:
 
 
 def by_column(linear: Callable[[Array], Array], c: Float[Array, "b n d"]) -> Float[Array, "b n k"]:
-    """linear(c). Where a row is a sample's (n = 1), every device of a mesh takes its columns of the kernel for all rows of
-    its fsdp group: rows are few, so they are sent around, and a large kernel and its gradient stay where they lie.
+    """linear(c). Where a row is a sample's (n = 1), every device of a mesh takes its columns of the kernel for all rows
+    of its fsdp group: rows are few, so they are sent around; a large kernel and its gradient stay where they lie.
     """
     if c.shape[1] != 1:  # a row a token: the kernel is the smaller one
         return linear(c)
