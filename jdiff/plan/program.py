@@ -41,7 +41,7 @@ class Built(NamedTuple):
 
     lowered: Any
     mesh: Any
-    parts: dict[str, int]
+    parts: dict[str, float]
     kept: float | None
     flops: float
     useful: float
@@ -87,6 +87,7 @@ def _sampling(config: PlanConfig, program: Any, mesh: Any) -> Built:
     import jdiff
     from jdiff import solvers, times
 
+    assert config.sample
     solver, process = solvers.parse(config.solver), program.call.process
     table = solver(process, times.logsnr(process, solver.steps(config.sample)))
     everywhere, params = meshes.everywhere(mesh), program.state.params
@@ -116,7 +117,7 @@ def _macs(program: Any, config: PlanConfig) -> float:
     return config.batch * nets.macs(program.net)
 
 
-def _bytes(tree: PyTree) -> int:
+def _bytes(tree: PyTree) -> float:
     """Bytes of a laid-out tree on one device."""
     return sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in jax.tree.leaves(tree))
 
