@@ -68,10 +68,14 @@ def init(key: jax.Array, width: int, layers: int = 3) -> list[dict[str, jax.Arra
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
 def trained(p: Process, digits: jax.Array, params: Any, steps: int, key: jax.Array) -> Any:
-    """Adam, cosine rate from 2e-3; the moving average of the parameters."""
-    network = edm_precondition(net, p, SIGMA_DATA)
+    """The network's parameters, trained."""
+    return fitted(edm_precondition(net, p, SIGMA_DATA), p, digits, params, steps, key)
+
+
+def fitted(apply: Any, p: Process, digits: jax.Array, params: Any, steps: int, key: jax.Array) -> Any:
+    """Parameters of apply(params, x, t, y) -> x0 by EDM's loss: Adam, cosine rate from 2e-3; their moving average."""
     loss = losses.denoising_loss(
-        network, p, "x0", weighting="edm", time=losses.log_normal(p), sigma_data=SIGMA_DATA, stratified=True
+        apply, p, "x0", weighting="edm", time=losses.log_normal(p), sigma_data=SIGMA_DATA, stratified=True
     )
     optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(optax.cosine_decay_schedule(2e-3, steps)))
 
