@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from jdiff import graphs as graphs
     from jdiff import guidance as guidance
     from jdiff import interpolants as interpolants
+    from jdiff import kernels as kernels
     from jdiff import losses as losses
     from jdiff import mesh as mesh
     from jdiff import metrics as metrics
@@ -63,6 +64,7 @@ _LAZY = {
     "graphs",
     "guidance",
     "interpolants",
+    "kernels",
     "losses",
     "mesh",
     "metrics",
