@@ -202,5 +202,6 @@ class SelfAttention(nnx.Module):
             q, k = self.norm_q(q), self.norm_k(k)
         if rotations is not None:
             q, k = rotate(q, rotations), rotate(k, rotations)
-        q, k, v = (constrain(a, BATCH, None, "tensor", None) for a in (q, k, v))
+        tokens = getattr(getattr(self.attention, "func", self.attention), "tokens", None)  # kernels.ring: "sequence"
+        q, k, v = (constrain(a, BATCH, tokens, "tensor", None) for a in (q, k, v))
         return q, k, v

@@ -320,6 +320,37 @@ def test_in_a_scanned_net_on_a_mesh(monkeypatch):
         np.testing.assert_allclose(a, c, atol=1e-5)
 
 
+@pytest.mark.parametrize("axes", ["sequence=8", "data=2,tensor=2,sequence=2"])
+@pytest.mark.parametrize("way", ["ring", "ulysses"])
+def test_tokens_over_the_mesh(axes, way):
+    """Values and gradients equal the reference's on 8 simulated devices; so do queries that attend to nothing."""
+    args, extras = arrays(2, 8, 16, 24, 8, segments=True, bias=(1, 8) if way == "ulysses" else None)
+    if way == "ulysses":
+        extras["mask"] = masks.block_sparse(16, 24, 4, [(0, 1), (1, 0), (1, 5), (3, 3)])
+    m = mesh.make(axes)
+    fn = functools.partial(gradients, getattr(kernels, way))
+    got = jax.jit(mesh.on(m, functools.partial(fn, mask=extras.pop("mask")) if "mask" in extras else fn))
+    placed = [jax.device_put(a, mesh.batch(m)) for a in args]
+    got = got(*placed, **jax.device_put(extras, mesh.everywhere(m)))
+    if way == "ulysses":
+        extras["mask"] = masks.block_sparse(16, 24, 4, [(0, 1), (1, 0), (1, 5), (3, 3)])
+    for a, c in zip(got, gradients(reference.attention, *args, **extras), strict=True):
+        np.testing.assert_allclose(a, c, atol=1e-5)
+
+
+def test_tokens_that_do_not_divide():
+    q = jnp.zeros((1, 20, 3, 8))
+    for way, match in (
+        (kernels.ring, r"tokens 20 is not divisible by sequence = 8; nearest: 16"),
+        (
+            lambda q, k, v: kernels.ulysses(q[:, :16], k[:, :16], v[:, :16]),
+            r"heads 3 .* tensor x sequence = 8; nearest: 8",
+        ),
+    ):
+        with pytest.raises(ValueError, match=match):
+            mesh.on(mesh.make("sequence=8"), way)(q, q, q)
+
+
 def test_vmap():
     args, extras = arrays(3, 1, 20, 20, 8, segments=True)
     each = lambda q, k, v, s: tpu.attention(

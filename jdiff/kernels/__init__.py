@@ -4,11 +4,13 @@
     net = nets.DiT(..., attention=kernels.attention)
     kernels.choice(q.shape, platform="tpu")                                         # which path, and why
 
-`reference` says what is computed; `tpu` is flash attention in Pallas; `ring` splits long sequences over the mesh.
+`reference` says what is computed; `tpu` is flash attention in Pallas; `ring` and `ulysses` are for sequences that are
+split over a mesh.
 """
 
 from jdiff.kernels import masks as masks
 from jdiff.kernels.dispatch import IMPLEMENTATIONS, PLATFORMS, Choice, attention, choice, flops
 from jdiff.kernels.masks import Mask
+from jdiff.kernels.sequence import ring, ulysses
 
-__all__ = ["IMPLEMENTATIONS", "PLATFORMS", "Choice", "Mask", "attention", "choice", "flops", "masks"]
+__all__ = ["IMPLEMENTATIONS", "PLATFORMS", "Choice", "Mask", "attention", "choice", "flops", "masks", "ring", "ulysses"]
