@@ -40,9 +40,9 @@ def grid_law(models, powers, p=P, t=0.0):
     return mean, np.einsum("n,ni,nj->ij", w, x - mean, x - mean) / w.sum(), w @ on_edge / w.sum(), np.log(w.sum())
 
 
-def go(corrector, grid=None, seed=0, **options):
+def go(corrector, grid=None, seed=0, particles=N, **options):
     grid = times.logsnr(P, K) if grid is None else grid
-    x = P.prior(jax.random.key(seed), (GROUPS * N, 2), dtype=jnp.float64)
+    x = P.prior(jax.random.key(seed), (GROUPS * particles, 2), dtype=jnp.float64)
     return steering.correct(corrector, grid, x, jax.random.key(seed + 1), groups=GROUPS, **options)
 
 
@@ -51,7 +51,7 @@ def misses(out, want):
     0.01 for the steps), the largest."""
     mean, cov, mass, log_z = want
     w = np.asarray(jax.nn.softmax(out.log_w, -1), np.float64)[..., None]
-    x = np.asarray(out.x).reshape(GROUPS, N, 2)
+    x = np.asarray(out.x).reshape(GROUPS, -1, 2)
     found = [
         ((w * x).sum(1), mean),
         (np.einsum("gni,gnj->gij", w * (x - mean), x - mean), cov),
@@ -101,7 +101,7 @@ def test_annealing_mutants():
     """Without weights, or with their sign or size wrong, the mode weight or Z is missed; and without the divergence."""
     want = grid_law([MODES], [2.0])
     corrector = steering.anneal(MODES.denoiser(P), 2.0, "flow", velocity=[1.3], order=2)
-    right(go(corrector), want)
+    right(go(corrector, particles=300), want)
     for change in (
         {"share": lambda v: 0 * v},
         {"share": lambda v: -v},
@@ -112,7 +112,7 @@ def test_annealing_mutants():
         {"offset": lambda v: 0 * v},
         {"noise": lambda v: 1.1 * v},
     ):
-        assert max(misses(go(mutant(corrector, **change)), want)) > 5, change
+        assert max(misses(go(mutant(corrector, **change), particles=300), want)) > 5, change
 
 
 PAIRS = [
