@@ -146,8 +146,8 @@ def finish(context: Context, cells: Mapping[tuple[str, Any], reproduce.Cell], ou
     s = context.settings
     return [
         f"{len(context.labels)} samples a cell, means over {s.seeds} seeds of net and noise; {s.steps} steps of batch "
-        "64; 1,000 levels, of which every tenth or fortieth is visited. Published (MT-Diffusion, ImageNet): several tasks "
-        "in one model at no loss of the single task's quality; bounds are our own, set before the run.",
+        "64; 1,000 levels, of which every tenth or fortieth is visited. Published (MT-Diffusion, ImageNet): several "
+        "tasks in one model at no loss of the single task's quality; bounds are our own, set before the run.",
         "",
         "## Agreement of the label and the classifier",
         "",

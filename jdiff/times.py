@@ -92,4 +92,4 @@ def graded(times: np.ndarray, levels: int) -> np.ndarray:
     return np.concatenate([t[:1], inner, t[1:]])
 
 
-ALL = {"uniform": uniform, "logsnr": logsnr, "karras": karras, "quadratic": quadratic}
+ALL = {"uniform": uniform, "logsnr": logsnr, "karras": karras, "quadratic": quadratic, "shifted": shifted}

@@ -40,6 +40,7 @@ ALL = {
     "vp_linear": vp_linear,
     "vp_cosine": vp_cosine,
     "vp_discrete": vp_discrete,
+    "vp_exponential": vp_exponential,
     "trigonometric": trigonometric,
     "edm": edm,
     "pfgmpp": pfgmpp,
