@@ -2,8 +2,8 @@
 
 jdiff reproduce restoration
 
-Held-out digits from a 2 x 2 averaged, noisy view (or grey 8 x 8 patches of your own images), by the exact posterior
-model, and by small networks trained alike for each process, three seeds.
+Held-out digits from a 2 x 2 averaged, noisy view (or 8 x 8 patches of your own images, grey or in colour), by the
+exact posterior model, and by small networks trained alike for each process, three seeds.
 """
 
 import functools
@@ -31,7 +31,8 @@ class Settings:
     """Options of the experiment."""
 
     out: str = "runs/restoration"  # folder of the finished cells and the report
-    images: str = "digits"  # or a path of images for `jdiff.data.load`, of which grey 8 x 8 patches are cut
+    images: str = "digits"  # or a path of images for `jdiff.data.load`, of which 8 x 8 patches are cut
+    colour: bool = False  # keep the patches' channels
     n: int = 500  # held-out images
     steps: int = 800  # of training, batches of 256
     seed: int = 0  # of the views and the noise
@@ -89,8 +90,13 @@ def batch(images: Any, key: Any) -> tuple[jax.Array, jax.Array]:
     """256 training pairs: images at random, each with a fresh view."""
     choose, noise = jax.random.split(key)
     x0 = images[jax.random.randint(choose, (256,), 0, len(images))]
-    pool = jnp.asarray(model.POOL, x0.dtype)
-    return x0, (x0 @ pool.T + model.NOISE * jax.random.normal(noise, (256, 16), x0.dtype)) @ (4.0 * pool)
+    pool = jnp.asarray(pooled(x0.shape[1]), x0.dtype)
+    return x0, (x0 @ pool.T + model.NOISE * jax.random.normal(noise, (256, len(pool)), x0.dtype)) @ (4.0 * pool)
+
+
+def pooled(size: int) -> np.ndarray:
+    """The blocks' averages of flat 8 x 8 images (rows, columns, channels), of `size` numbers."""
+    return np.kron(model.POOL, np.eye(size // 64))
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,12 +120,13 @@ def prepare(settings: Settings) -> Context:
     else:
         images = data.load(settings.images).images
         half = len(images) // 2
-        train = pairs_of.patches(images[:half], 8, 5000, settings.seed).reshape(-1, 64)
-        x0 = pairs_of.patches(images[half:], 8, settings.n, settings.seed + 1).reshape(-1, 64)
+        train = pairs_of.patches(images[:half], 8, 5000, settings.seed, colour=settings.colour).reshape(5000, -1)
+        x0 = pairs_of.patches(images[half:], 8, settings.n, settings.seed + 1, colour=settings.colour)
+        x0 = x0.reshape(settings.n, -1)
         labels = np.digitize(train.std(1), np.quantile(train.std(1), [0.25, 0.5, 0.75]))  # flat, .., busy
         features = lambda v: np.clip(v, -1, 1).astype(np.float32)
-    arrays = {k: jnp.asarray(v, jnp.float32) for k, v in model.posterior(train, labels).items()}
-    y = pairs_of.degraded(x0.reshape(-1, 8, 8), 2, model.NOISE, settings.seed).reshape(-1, 64)
+    arrays = {k: jnp.asarray(v, jnp.float32) for k, v in model.posterior(train, labels, pooled(x0.shape[1])).items()}
+    y = pairs_of.degraded(x0.reshape(len(x0), 8, 8, -1), 2, model.NOISE, settings.seed).reshape(x0.shape)
     return Context(settings, train, arrays, x0, jnp.asarray(y, jnp.float32), features, {})
 
 

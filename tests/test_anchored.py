@@ -10,6 +10,7 @@ from jdiff import anchored, exact, metrics, process, solvers, times
 from jdiff.anchored import Anchored
 from jdiff.data.synthetic import audio, restoration
 from jdiff.experiments import _restoration
+from jdiff.experiments.restoration import pooled
 from jdiff.solvers import residual_path
 
 BETAS = np.linspace(1e-4, 2e-2, 1000)
@@ -391,6 +392,13 @@ def test_restoration_pairs():
     x0 = RNG.normal(size=(5, 8, 8))
     flat = restoration.degraded(x0, noise=0.1, seed=7).reshape(5, 64)
     np.testing.assert_allclose(flat, _restoration.view(x0.reshape(5, 64), 7), atol=1e-12)
+    bright = restoration.patches(images, 4, 9, colour=True)
+    np.testing.assert_allclose(bright.mean(-1), cut, atol=1e-12)  # the same places
+    x0 = RNG.normal(size=(5, 8, 8, 3))
+    low = np.stack([restoration.degraded(x0[..., k], noise=0.0) for k in range(3)], -1)
+    np.testing.assert_allclose(restoration.degraded(x0, noise=0.0), low, atol=1e-12)
+    see = pooled(192)
+    np.testing.assert_allclose(x0.reshape(5, 192) @ see.T @ (4 * see), low.reshape(5, 192), atol=1e-12)
 
 
 # Bad input ----------------------------------------------------------------------------------------------------------
