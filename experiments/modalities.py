@@ -73,7 +73,7 @@ ROWS: dict[str, Row] = {
     "SFD, label leads by 1": ("label leads by 1", None, 0.0, 1.0),
     "image leads by 0.3": ("image leads by 0.3", None, 0.0, 1.0),
 }
-COLUMNS = (10, 25)
+COLUMNS = (25,)
 LEADS = {"label leads by 0.3": 0.3, "label leads by 1": 1.0, "image leads by 0.3": -0.3}
 
 

@@ -42,7 +42,7 @@ class Settings:
     """Options of the experiment."""
 
     out: str = "runs/mt-diffusion"  # folder of the finished cells and the report
-    steps: int = 2500  # of training, batches of 64
+    steps: int = 2000  # of training, batches of 64
     seeds: int = 2
 
 

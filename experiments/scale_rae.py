@@ -35,7 +35,7 @@ class Settings:
 
     out: str = "runs/scale-rae"  # folder of the finished cells and the report
     n: int = 4000  # samples
-    steps: int = 1500  # of training, batches of 128
+    steps: int = 1000  # of training, batches of 128
     evaluations: int = 20
 
 

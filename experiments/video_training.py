@@ -196,7 +196,7 @@ def over(text: str, a: str, b: str, what: str = "Fréchet distance", at_most: fl
 
 CLAIMS = (
     over("FVDM: PTSS over one time, all frames together", "PTSS, together", "one time, together", at_most=1.05),
-    over("FVDM: independent times over PTSS, all together", "PTSS, together", "independent, together"),
+    over("FVDM: PTSS over independent times, all together", "PTSS, together", "independent, together"),
     over(
         "FVDM: image to video, PTSS over replacement with one time", "PTSS, image to video",
         "one time, image to video by replacement", at_most=0.7,
