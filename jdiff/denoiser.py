@@ -46,8 +46,19 @@ class Denoiser:
         return replace(self, apply=Partial(_call, self.apply.args[0], cond))
 
     def __call__(self, x: PyTree, t: Time, kind: str = "x0") -> PyTree:
-        """The prediction at (x, t) as `kind`, with a fresh carry: one look at the model, outside any sampler."""
+        """The prediction at (x, t) as `kind`, with a fresh carry: one look at the model, outside any sampler.
+
+        t: a scalar, or what broadcasts against every array of x, such as (batch, 1, 1, 1). ValueError for any other.
+        """
         t = model_time(t, x)
+        if not isinstance(t, dict):
+            for leaf in jax.tree.leaves(x):
+                pairs = zip(t.shape[::-1], leaf.shape[::-1], strict=False)
+                if t.ndim > leaf.ndim or any(n not in (1, m) for n, m in pairs):
+                    raise ValueError(
+                        f"the time has shape {t.shape}, which does not broadcast against a sample of shape "
+                        f"{leaf.shape}; give a scalar, or for a time a sample {(len(leaf), *[1] * (leaf.ndim - 1))}"
+                    )
         output, _ = self.apply(x, t, self.init(x))
         return convert(self.process, x, t, cast_like(output, x), self.prediction, kind)
 

@@ -108,6 +108,7 @@ def test_importance_orders_the_tokens():
         (lambda: PROCESSES["absorbing"].check([0, 5]), r"0 to 4 \(5 classes\), got int64 values 0 to 5"),
         (lambda: PROCESSES["absorbing"].check([0, 6], masked=True), r"\[MASK\] last"),
         (lambda: PROCESSES["absorbing"].check([0.5]), "integer tokens"),
+        (lambda: PROCESSES["absorbing"].marginal(jnp.array([0, 7]), 0.5), "0 to 4 .* values 0 to 7"),
         (lambda: PROCESSES["absorbing"].diffuse(jax.random.key(0), jnp.array([[-1]]), 0.5), "values -1 to -1"),
         (lambda: discrete.mask_and_replace(K, 1.5), "share in"),
         (lambda: discrete.spindle(K, [0.0, 0.5]), "importance may be too large"),

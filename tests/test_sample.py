@@ -226,6 +226,7 @@ def test_bad_input_is_one_clear_error_before_compilation():
         (lambda: jdiff.sample(den, solvers.ddim()(process.flow(), [1.0, 0.5]), x), ValueError, "built for Flow"),
         (lambda: jdiff.sample(jdiff.denoiser(lambda x, t: (x, x), P, "x0"), T, x), ValueError, "one array for each"),
         (lambda: jdiff.sample(den, each, x), ValueError, r"shape \(3,\) .* one sample of shape \(2,\)"),
+        (lambda: den(x, np.zeros(3)), ValueError, r"time has shape \(3,\), .* shape \(2, 2\); .* a sample \(2, 1\)"),
         (lambda: jdiff.denoiser(lambda x, t: x, P, "epsilon"), ValueError, "unknown prediction kind 'epsilon'"),
     ]
     compiled = []

@@ -89,7 +89,9 @@ class MaskReplace:
         return Q
 
     def marginal(self, x0: Integer[Array, "*shape"], t: Any) -> Float[Array, "*shape k"]:
-        """q(x_t | x0) over the K classes and [MASK]."""
+        """q(x_t | x0) over the K classes and [MASK]. ValueError for tokens outside the vocabulary (of concrete x0)."""
+        if not isinstance(x0, Tracer):
+            self.check(x0)
         keep, replace, masked = (jnp.broadcast_to(v, x0.shape)[..., None] for v in self.levels(t))
         here = jax.nn.one_hot(x0, self.classes, dtype=keep.dtype)
         return jnp.concatenate([keep * here + replace, masked], -1)
@@ -101,9 +103,7 @@ class MaskReplace:
         return jnp.where((x == self.mask)[..., None], masked, keep * here + replace)
 
     def diffuse(self, key: Array, x0: Integer[Array, "*shape"], t: Any) -> Integer[Array, "*shape"]:
-        """Draws of x_t given x0, int32. ValueError for tokens outside the vocabulary (concrete x0 alone)."""
-        if not isinstance(x0, Tracer):
-            self.check(x0)
+        """Draws of x_t given x0, int32. ValueError for tokens outside the vocabulary (of concrete x0)."""
         return categorical(key, jnp.log(self.marginal(x0, t)))
 
     def posterior(
