@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree, UInt32
 
 from jdiff import ema as ema_lib
@@ -46,7 +47,7 @@ def writer(directory: str | os.PathLike, keep: int | None = None) -> Iterator[Wr
     import orbax.checkpoint as ocp
 
     directory = Path(directory).absolute()
-    for rest in directory.glob("*.deleted"):
+    for rest in directory.glob("*.deleted") if jax.process_index() == 0 else ():
         shutil.rmtree(rest)
     options = ocp.CheckpointManagerOptions(cleanup_tmp_directories=True)
     with ocp.CheckpointManager(directory, options=options) as manager:
@@ -127,7 +128,9 @@ def restore(directory: str | os.PathLike, step: int, like: Mapping[str, PyTree])
     import orbax.checkpoint as ocp
     from etils import epath
 
-    sums = lambda tree: jax.ShapeDtypeStruct((len(jax.tree.leaves(tree)),), jnp.uint32)
+    meshes = [s.mesh for x in jax.tree.leaves(like) if isinstance(s := getattr(x, "sharding", None), NamedSharding)]
+    everywhere = NamedSharding(meshes[0], PartitionSpec()) if meshes else None
+    sums = lambda tree: jax.ShapeDtypeStruct((len(jax.tree.leaves(tree)),), jnp.uint32, sharding=everywhere)
     like = {name: {"tree": tree, "sums": sums(tree)} for name, tree in like.items()}
     trees = {name: ocp.args.StandardRestore(_abstract(item)) for name, item in like.items()}
     folder = epath.Path(Path(directory).absolute() / str(step))

@@ -37,6 +37,7 @@ exactly where it was; it refuses to go on with other options, except --log-every
   jdiff train                                                         digits, a small DiT, EDM: a few minutes on a CPU
   jdiff train --process flow --prediction velocity --weighting flow --time logit_normal --out runs/flow
   jdiff train --data images.zip --size 32 --net UNet-CIFAR --batch 64 --out runs/images
+  jdiff train --mesh fsdp=8 --processes auto --out /shared/run        on every host of a pod: docs/pods.md
   jdiff train --net DiT --net-options patch 2 width 96 depth 6 heads 4 --steps 5000 --out runs/small
 """
 
@@ -279,10 +280,15 @@ def _list_solvers() -> None:
 def _train(args: Sequence[str]) -> None:
     import tyro
 
-    from jdiff import train
+    from jdiff import pod, train
 
-    config = tyro.cli(train.TrainConfig, args=args, prog="jdiff train", description=TRAIN_HELP)
-    result = train.train(config)
+    @dataclass(frozen=True)
+    class Options(train.TrainConfig):
+        processes: str = ""  # several processes as one run: auto, or HOST:PORT,COUNT,INDEX; the same command in each
+
+    options = vars(tyro.cli(Options, args=args, prog="jdiff train", description=TRAIN_HELP)).copy()
+    pod.start(options.pop("processes"))
+    result = train.train(train.TrainConfig(**options))
     print(f"trained: {result.out}; next: jdiff sample {result.out}")
 
 
@@ -353,12 +359,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         Console(stderr=True).print(f"jdiff: {unknown('command', args[0], COMMANDS)}", markup=False)
         return 2
     from jdiff.checkpoint import CheckpointError
+    from jdiff.pod import Preempted
 
     try:
         COMMANDS[args[0]](args[1:])
     except (ValueError, TypeError, FileNotFoundError, FloatingPointError, CheckpointError) as error:
         Console(stderr=True).print(f"jdiff {args[0]}: {error}", markup=False, highlight=False)
         return 2
+    except Preempted as stopped:
+        Console(stderr=True).print(f"{stopped}; the same command goes on from there", markup=False)
+        return 143
     except KeyboardInterrupt:
         Console(stderr=True).print("stopped; the same command goes on where it was")
         return 130

@@ -68,11 +68,11 @@ class Table:
 
 
 def names() -> dict[str, str]:
-    """Name -> module of every experiment; fast_sampling.py is called fast-sampling."""
+    """Name -> module of every experiment; fast_sampling.py is called fast-sampling. train_*.py are scripts."""
     import jdiff.experiments as package
 
     modules = [m.name for m in pkgutil.iter_modules(package.__path__)]
-    return {m.replace("_", "-"): f"jdiff.experiments.{m}" for m in modules if not m.startswith("_")}
+    return {m.replace("_", "-"): f"jdiff.experiments.{m}" for m in modules if not m.startswith(("_", "train_"))}
 
 
 def find(name: str) -> Table:

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+
 
 class Log(NamedTuple):
     """row(step, metrics) writes one row; tick(step) moves the bar."""
@@ -38,8 +40,12 @@ def open_log(
 ) -> Iterator[Log]:
     """Log to metrics.csv (columns: "step" and the metrics' names), TensorBoard and the terminal.
 
-    quiet: nothing on the terminal. Elsewhere than on a terminal, a plain line a row in place of the bar.
+    quiet: nothing on the terminal. Elsewhere than on a terminal, a plain line a row in place of the bar. Of several
+    processes the first logs.
     """
+    if jax.process_index():
+        yield Log(lambda step, metrics: None, lambda step: None)
+        return
     cut_csv(directory / "metrics.csv", start, columns)
     writer = None
     if tensorboard:

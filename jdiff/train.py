@@ -12,14 +12,16 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, PyTree, UInt32
 
-from jdiff import checkpoint, ema, losses, recipe, runlog
+from jdiff import checkpoint, ema, losses, pod, recipe, runlog
 from jdiff import mesh as meshes
 from jdiff import process as process_lib
 from jdiff.denoiser import Denoiser, denoiser
@@ -177,9 +179,12 @@ def train(
     Before anything is compiled: ValueError for a configuration that does not fit together (names, batch and
     mesh, net and images), CheckpointError where config.out holds a run of another configuration or damaged files.
     FloatingPointError at a non-finite loss or gradient names its step; the last checkpoint before it is kept.
+    pod.Preempted after SIGTERM: the steps in flight are done and the last is saved; the same command goes on from it.
+    Of several processes (`pod.start`) each calls this with the same config; ValueError where they differ.
     """
     from jdiff import data
 
+    pod.agree(**asdict(config), jax=jax.__version__)
     recipe.check(config)
     mesh = meshes.make(config.mesh)
     recipe.make_process(config)  # a wrong name is reported before data are read
@@ -189,7 +194,8 @@ def train(
     data.batch_indices(len(dataset), config.batch, config.seed, 0)  # reports a batch larger than the data set
     run = program(config, dataset, mesh)
     rate, meta = jax.jit(recipe.learning_rate(config)), recipe.meta(config, run.net, dataset)
-    seed = jnp.uint32(config.seed)  # an argument of both programs: a constant would be folded, slowly
+    pod.agree(data=len(dataset))
+    seed = np.uint32(config.seed)  # an argument of both programs: a constant would be folded, slowly
     state, empty = run.init(seed)
     graph = run.call.graph
 
@@ -199,14 +205,8 @@ def train(
         return TrainResult(state, graph, meta, out)
 
     snapshot_every = config.snapshot_every or max(config.steps // 16, 1)
-    stream = data.batches(
-        dataset,
-        config.batch,
-        seed=config.seed,
-        start_step=start,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
+    held = pod.rows(run.batch, config.batch)
+    stream = data.batches(dataset, config.batch, seed=config.seed, start_step=start, rows=held)
     in_flight, clock = sums, _Clock()
     with (
         checkpoint.writer(out / "checkpoints", config.keep) as checkpoints,
@@ -214,10 +214,11 @@ def train(
         runlog.open_log(
             out, COLUMNS, start=start, steps=config.steps, tensorboard=config.tensorboard, quiet=quiet
         ) as log,
+        pod.stopping() as stop,
     ):
         for done in range(start + 1, config.steps + 1):
             host = next(stream)
-            batch = {k: jax.make_array_from_process_local_data(run.batch, host[k]) for k in run.inputs}
+            batch = {k: pod.place(host[k], held, run.batch, config.batch) for k in run.inputs}
             before, (state, sums) = sums, run.step(state, sums, batch, seed)
             jax.block_until_ready(in_flight)  # at most two steps in flight: batches must not pile up
             in_flight = before
@@ -225,7 +226,8 @@ def train(
             log.tick(done)
 
             due = lambda every, done=done: done % every == 0 or done == config.steps
-            if not (due(config.log_every) or due(config.checkpoint_every) or due(snapshot_every)):
+            stopped = stop(done)
+            if not (stopped or due(config.log_every) or due(config.checkpoint_every) or due(snapshot_every)):
                 continue
             read = jax.device_get(sums)
             if read.first_bad >= 0:
@@ -246,10 +248,13 @@ def train(
                     callback(done, metrics)
             if due(snapshot_every) and config.ema:
                 checkpoint.save(snapshots, done, {"ema": state.ema}, meta | {"step": done})
-            if due(config.checkpoint_every):
+            if stopped or due(config.checkpoint_every):
                 # A finished checkpoint promises all that came before it: rows are flushed, snapshots on disk.
                 snapshots.manager.wait_until_finished()
                 checkpoint.save(checkpoints, done, _items(state, sums), meta | {"step": done})
+            if stopped and done < config.steps:
+                checkpoints.manager.wait_until_finished()
+                raise pod.Preempted(f"stopped by SIGTERM at step {done}, which is saved in {out}")
     return TrainResult(state, graph, meta, out)
 
 
@@ -287,6 +292,7 @@ def _resume(out: Path, config: TrainConfig, state: TrainState, empty: Meter) -> 
     if jax.process_index() == 0:
         checkpoint.write_json(claim, recipe.frozen(config))
     step = checkpoint.latest_step(out / "checkpoints")
+    pod.agree(**{f"the last checkpoint in {out} (do all see that folder?)": step})
     if step is None:
         return state, empty, 0
     if step > config.steps:

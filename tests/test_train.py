@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 import optax
 import pytest
 
-from jdiff import checkpoint, ema, losses, mesh, process, recipe, train
+from jdiff import checkpoint, ema, losses, mesh, pod, process, recipe, train
 from jdiff.train import TrainConfig
 
 TINY = {"width": 16, "depth": 1, "heads": 2, "patch": 4}
@@ -159,6 +160,18 @@ def test_resume_is_exact(whole, tmp_path):
     same(resumed.state, whole.state)
     assert rows(c.out) == rows(whole.out)
     same(run(c).state, whole.state)  # finished: read, nothing is trained
+
+
+def test_sigterm_saves_the_step_and_the_run_goes_on_bitwise(whole, tmp_path):
+    c = config(tmp_path / "run")
+    before = signal.getsignal(signal.SIGTERM)
+    ask = lambda done, metrics: os.kill(os.getpid(), signal.SIGTERM) if done == 6 else None
+    with pytest.raises(pod.Preempted, match=r"stopped by SIGTERM at step 7, which is saved in .*run"):
+        train.train(c, ask, quiet=True)
+    assert checkpoint.steps(tmp_path / "run/checkpoints") == [5, 7]  # none was due at 7
+    assert signal.getsignal(signal.SIGTERM) is before
+    same(run(c).state, whole.state)
+    assert rows(tmp_path / "run") == rows(whole.out)
 
 
 def test_a_constant_schedule_can_go_on(tmp_path):

@@ -25,7 +25,8 @@ class Dataset:
     length: number of examples, also `len(dataset)`.
     shape: (H, W, C).
     class_names: one a class; labels are indices into it.
-    read: int64 indices (b,) -> (uint8 images (b, H, W, C) in 0..max_value, int32 labels (b,)).
+    read: int64 indices (b,) -> (uint8 images (b, H, W, C) in 0..max_value, int32 labels (b,)); of a set of latents,
+        float32 arrays (b, H, W, C), which are taken as they are.
     max_value: the integer that stands for white: 255, but 16 for the digits.
     in_memory: whether `read` is a mere look-up.
     """
@@ -63,9 +64,10 @@ class Dataset:
         return self._all[1]
 
     def take(self, indices: Integer[np.ndarray, "b"]) -> dict[str, np.ndarray]:
-        """{"image": float32 (b, H, W, C) in [-1, 1], "label": int32 (b,)} of the examples `indices`."""
+        """{"image": float32 (b, H, W, C) in [-1, 1], or latents, "label": int32 (b,)} of the examples `indices`."""
         images, labels = self.read(indices)
-        return {"image": from_uint8(images, self.max_value), "label": labels}
+        latent = images.dtype == np.float32
+        return {"image": images if latent else from_uint8(images, self.max_value), "label": labels}
 
 
 def from_arrays(name: str, images, labels, class_names, max_value: int = 255) -> Dataset:

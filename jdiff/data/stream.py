@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Iterator
 
 import numpy as np
+from jaxtyping import Integer
 
 from .dataset import Dataset
 from .order import batch_indices
@@ -17,12 +18,14 @@ def batches(
     start_step: int = 0,
     process_index: int = 0,
     process_count: int = 1,
+    rows: Integer[np.ndarray, " rows"] | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Endless batches {"image": float32 (b, H, W, C) in [-1, 1], "label": int32 (b,)} from step `start_step`.
 
     batch_size is the GLOBAL one; process p of P yields rows p b to (p + 1) b, b = batch_size / P, of the
     global batch that `batch_indices` gives, so the batch does not depend on P, and an iterator that starts
-    at step s yields what one that started at 0 yields from its s-th batch on.
+    at step s yields what one that started at 0 yields from its s-th batch on. rows: other rows of the global batch
+    than that share, ascending (`jdiff.pod.rows`).
 
     Data sets that are read from disk are read ahead by Grain's threads (whole batches, in order).
     Raises ValueError for a batch_size that does not fit the data set or the number of processes.
@@ -35,12 +38,12 @@ def batches(
             f"batch_size {batch_size} is not divisible by the {process_count} processes; the nearest that fits is {fit}"
         )
     batch_indices(len(dataset), batch_size, seed, start_step)  # reports bad values now
-    return _batches(dataset, batch_size, seed, start_step, process_index, process_count)
-
-
-def _batches(dataset, batch_size, seed, start_step, process_index, process_count):
     share = batch_size // process_count
-    mine = slice(process_index * share, (process_index + 1) * share)
+    mine = slice(process_index * share, (process_index + 1) * share) if rows is None else rows
+    return _batches(dataset, batch_size, seed, start_step, mine)
+
+
+def _batches(dataset, batch_size, seed, start_step, mine):
 
     def batch(step):
         return dataset.take(batch_indices(len(dataset), batch_size, seed, step)[mine])

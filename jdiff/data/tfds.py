@@ -14,6 +14,9 @@ from .images import fit
 def load_tfds(name: str, split: str, size: int | None, data_dir: str | os.PathLike | None) -> Dataset:
     """The features "image" (uint8, H x W x C) and, where there is one, "label" of a prepared TFDS data set.
 
+    A set without "image" but with "latent" (float, H x W x C) is one of an autoencoder's latents, taken as they are:
+    they should have been scaled to a standard deviation of about 1.
+
     Reading needs no TensorFlow; preparing a set that has `features.Image` does (elsewhere, once:
     `tfds.builder(name, file_format="array_record").download_and_prepare()`).
 
@@ -37,9 +40,15 @@ def load_tfds(name: str, split: str, size: int | None, data_dir: str | os.PathLi
         raise ValueError(f"tfds:{name} has the splits {sorted(splits)}, got {split!r}")
     source = builder.as_data_source(split=split)
     features = dict(builder.info.features.items())
-    image = features.get("image")
-    if image is None or image.np_dtype != np.uint8 or len(image.shape) != 3:
-        raise ValueError(f'tfds:{name} must have a feature "image" of uint8 (H, W, C), its features are {features}')
+    key = "image" if "image" in features else "latent"
+    image, kind = features.get(key), np.uint8 if key == "image" else np.floating
+    if key == "latent" and size is not None:
+        raise ValueError(f"tfds:{name} holds latents, which cannot be resized: leave `size` out")
+    if image is None or not np.issubdtype(image.np_dtype, kind) or len(image.shape) != 3:
+        raise ValueError(
+            f'tfds:{name} must have a feature "image" of uint8 (H, W, C), or "latent" of floats; '
+            f"its features are {features}"
+        )
     if None in image.shape[:2] and size is None:
         raise ValueError(f"tfds:{name} has images of different sizes {image.shape}: give `size`")
     label = features.get("label")
@@ -47,7 +56,8 @@ def load_tfds(name: str, split: str, size: int | None, data_dir: str | os.PathLi
 
     def read(indices):
         examples = source.__getitems__([int(i) for i in indices])
-        images = np.stack([_resize(example["image"], size) for example in examples])
+        images = np.stack([_resize(example[key], size) for example in examples])
+        images = images if key == "image" else images.astype(np.float32)
         return images, np.array([example.get("label", 0) for example in examples], np.int32)
 
     height, width, channels = image.shape

@@ -70,7 +70,7 @@ def plan(config: PlanConfig) -> Plan:
     n = len(devices)
     start = time.perf_counter()
     try:
-        compiled = built.lowered.compile()
+        compiled = built.traced.lower().compile()
     except Exception as error:  # XLA's own, of no public kind
         over, capacity = _out_of_memory(str(error))
         if not over:

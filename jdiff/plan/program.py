@@ -34,12 +34,12 @@ class PlanConfig:
 
 
 class Built(NamedTuple):
-    """lowered: to be compiled. parts: {what: bytes on one device} of arguments. kept: see `activations`.
+    """traced: to be lowered and compiled. parts: {what: bytes on one device} of arguments. kept: see `activations`.
 
     flops: of all devices together, rematerialised ones counted again; useful: without those, as MFU counts.
     """
 
-    lowered: Any
+    traced: Any
     mesh: Any
     parts: dict[str, float]
     kept: float | None
@@ -48,7 +48,7 @@ class Built(NamedTuple):
 
 
 def build(config: PlanConfig, devices: list[Any]) -> Built:
-    """Trace and lower for these devices. ValueError for what does not fit together or does not divide."""
+    """Trace for these devices. ValueError for what does not fit together or does not divide."""
     from jdiff import recipe, train
 
     if config.sample is not None and config.sample < 1:
@@ -80,7 +80,7 @@ def _training(config: PlanConfig, program: Any, mesh: Any) -> Built:
         "averages": _bytes(state.ema),
     }
     kept = activations(program, batch) / math.prod(mesh.shape[a] for a in meshes.BATCH)
-    return Built(traced.lower(), mesh, parts, kept, 2 * products(traced.jaxpr.jaxpr), 6 * _macs(program, config))
+    return Built(traced, mesh, parts, kept, 2 * products(traced.jaxpr.jaxpr), 6 * _macs(program, config))
 
 
 def _sampling(config: PlanConfig, program: Any, mesh: Any) -> Built:
@@ -104,7 +104,7 @@ def _sampling(config: PlanConfig, program: Any, mesh: Any) -> Built:
     )
     flops = 2 * products(traced.jaxpr.jaxpr)
     useful = 2 * table.nfe * _macs(program, config)
-    return Built(traced.lower(), mesh, {"parameters": _bytes(params)}, None, flops, useful)
+    return Built(traced, mesh, {"parameters": _bytes(params)}, None, flops, useful)
 
 
 def _struct(shape: tuple[int, ...], dtype: Any, sharding: Any) -> jax.ShapeDtypeStruct:
