@@ -70,8 +70,14 @@ def start(out: Path, layout: str, steps: int, mesh: str = "fsdp=4", batches: tup
     which = lambda i: f"127.0.0.1:{port},{n},{i}" if n > 1 else ""
     run = [sys.executable, __file__, "--child", str(out), "--steps", str(steps), "--mesh", mesh]
     each = lambda i: [*run, "--processes", which(i), "--batch", str(batches[min(i, len(batches) - 1)])]
-    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    return [subprocess.Popen(each(i), env=env, **pipes) for i in range(n)]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    quiet = lambda i: {"stdout": subprocess.DEVNULL, "stderr": said(out, i).open("w")}
+    return [subprocess.Popen(each(i), env=env, **quiet(i)) for i in range(n)]
+
+
+def said(out: Path, i: int) -> Path:
+    """The file with what process i has complained of."""
+    return out.parent / f"{out.name}.{i}.txt"
 
 
 def ended(processes: list) -> list[int]:
@@ -160,11 +166,11 @@ def moved(layout: str, base: Path, steps: int) -> list[str]:
 
 def disagreement(layout: str, base: Path, steps: int) -> list[str]:
     """Processes with other batch sizes: all must say so."""
-    processes = start(base / "disagree", layout, steps, batches=(16, 32))
-    said = [p.communicate()[1].strip().splitlines()[-1:] for p in processes]
-    good = all(s and "disagree on batch: 16 in process 0; 32 in process 1" in s[0] for s in said)
-    print(f"{layout}: {said[0]}", flush=True)
-    return [] if good and ended(processes) == [2] * len(processes) else [f"disagreement: {said}"]
+    codes = ended(start(base / "disagree", layout, steps, batches=(16, 32)))
+    words = [said(base / "disagree", i).read_text().strip() for i in range(len(codes))]
+    good = all("disagree on batch: 16 in process 0; 32 in process 1" in text for text in words)
+    print(f"{layout}: {words[0][-200:]}", flush=True)
+    return [] if good and codes == [2] * len(codes) else [f"disagreement: {codes} {words}"]
 
 
 def main(layouts: list[str], n: int, steps: int, seed: int, base: Path) -> int:

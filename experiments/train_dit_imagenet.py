@@ -25,7 +25,8 @@ class Options:
     data: str = "tfds:imagenet_latents"  # set of latents, or one of images
     data_dir: str | None = None  # where TFDS sets lie prepared
     net: str = "DiT-XL/2"  # a name in `jdiff list nets`
-    net_options: dict[str, int | float | bool | str] = field(default_factory=lambda: {"remat": "full"})
+    net_options: dict[str, int | float | bool | str] = field(default_factory=dict)  # win over the preset's
+    remat: str = "full"  # what the backward pass computes again: none, full, dots
     batch: int = 256  # over all devices
     steps: int = 400_000
     warmup: int = 1000
@@ -41,7 +42,7 @@ class Options:
 def configuration(o: Options) -> TrainConfig:
     """The run that the options ask for."""
     return TrainConfig(
-        out=o.out, data=o.data, data_dir=o.data_dir, net=o.net, net_options=o.net_options, process="flow",
+        out=o.out, data=o.data, data_dir=o.data_dir, net=o.net, net_options=o.net_options | {"remat": o.remat}, process="flow",
         prediction="velocity", weighting="flow", time="uniform", batch=o.batch, steps=o.steps, schedule="constant",
         learning_rate=1e-4, warmup=o.warmup, dtype=o.dtype, mesh=o.mesh, checkpoint_every=o.checkpoint_every,
         log_every=o.log_every, seed=o.seed, tensorboard=False,
@@ -59,10 +60,8 @@ def main(args: Sequence[str] | None = None) -> None:
         from jdiff.plan import PlanConfig, report
         from jdiff.plan.command import plan
 
-        net_options = dict(options.net_options)
-        remat = str(net_options.pop("remat", "none"))
         print(report(plan(PlanConfig(
-            net=options.net, net_options=net_options, remat=remat, topology=options.plan, mesh=options.mesh,
+            net=options.net, net_options=options.net_options, remat=options.remat, topology=options.plan, mesh=options.mesh,
             batch=options.batch, dtype=options.dtype,
         ))))  # fmt: skip
         return

@@ -177,10 +177,16 @@ def test_a_plan_of_simulated_devices(planned):
     assert parts["averages"] == parts["parameters"]
     assert parts["optimizer state"] == 2 * parts["parameters"] + 8  # two counters
     assert planned.fits and planned.devices == 8 and not planned.seconds
-    gathered = sum(b for kind, axes, _, b in planned.collectives if kind == "all-gather" and axes == "fsdp")
-    assert gathered > 0.5 * 3 / 4 * 4 * kernels
     assert any(kind == "all-reduce" and "data" in axes for kind, axes, _, _ in planned.collectives)
     assert abs(planned.flops / planned.useful - 1) < 0.02  # nothing is computed again, and images need no gradient
+
+
+def test_no_kernel_is_gathered_more_often_than_it_is_used(planned):
+    """Attention's and the MLPs' kernels forward and backward, 3/4 of each; adaLN's, a third of all, never."""
+    d, depth = 64, 3
+    once = depth * (4 * d * d + 8 * d * d) + 32 * d + d * 32 + 256 * d + d * d
+    gathered = sum(b for kind, _, _, b in planned.collectives if kind == "all-gather")
+    assert 0.9 < gathered / (2 * 3 / 4 * 4 * once) < 1.2
 
 
 def test_rematerialisation_costs_flops_and_keeps_less(planned):
