@@ -41,8 +41,9 @@ class Options:
 
 def configuration(o: Options) -> TrainConfig:
     """The run that the options ask for."""
+    net_options = o.net_options | {"remat": o.remat}
     return TrainConfig(
-        out=o.out, data=o.data, data_dir=o.data_dir, net=o.net, net_options=o.net_options | {"remat": o.remat}, process="flow",
+        out=o.out, data=o.data, data_dir=o.data_dir, net=o.net, net_options=net_options, process="flow",
         prediction="velocity", weighting="flow", time="uniform", batch=o.batch, steps=o.steps, schedule="constant",
         learning_rate=1e-4, warmup=o.warmup, dtype=o.dtype, mesh=o.mesh, checkpoint_every=o.checkpoint_every,
         log_every=o.log_every, seed=o.seed, tensorboard=False,
@@ -60,10 +61,8 @@ def main(args: Sequence[str] | None = None) -> None:
         from jdiff.plan import PlanConfig, report
         from jdiff.plan.command import plan
 
-        print(report(plan(PlanConfig(
-            net=options.net, net_options=options.net_options, remat=options.remat, topology=options.plan, mesh=options.mesh,
-            batch=options.batch, dtype=options.dtype,
-        ))))  # fmt: skip
+        same = {name: getattr(options, name) for name in ("net", "net_options", "remat", "mesh", "batch", "dtype")}
+        print(report(plan(PlanConfig(topology=options.plan, **same))))
         return
     pod.start(options.processes)
     result = train.train(configuration(options))
