@@ -13,6 +13,7 @@ size yet: no figure is claimed. Killed or preempted, the same command goes on; a
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from jdiff.recipe import TrainConfig
 
@@ -32,7 +33,7 @@ class Options:
     warmup: int = 1000
     mesh: str = ""  # devices an axis, such as data=-1,fsdp=16; "": all on data
     processes: str = ""  # auto on a pod, or HOST:PORT,COUNT,INDEX; the same command on every host
-    dtype: str = "bfloat16"  # of activations
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of activations
     checkpoint_every: int = 5000
     log_every: int = 100
     seed: int = 0

@@ -93,7 +93,7 @@ def rows(sharding: jax.sharding.Sharding, batch: int) -> Int[np.ndarray, "rows"]
 def place(host: np.ndarray, held: Int[np.ndarray, "rows"], sharding: jax.sharding.Sharding, batch: int) -> Array:
     """The global array of `batch` rows, of which `host` has those that `rows` says."""
 
-    def part(index: tuple[slice, ...]) -> np.ndarray:
+    def part(index: Any) -> np.ndarray:  # a slice for each axis
         start, stop, _ = index[0].indices(batch)
         return host[np.searchsorted(held, np.arange(start, stop))]
 

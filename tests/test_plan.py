@@ -184,9 +184,9 @@ def test_a_plan_of_simulated_devices(planned):
 def test_no_kernel_is_gathered_more_often_than_it_is_used(planned):
     """Attention's and the MLPs' kernels forward and backward, 3/4 of each; adaLN's, a third of all, never."""
     d, depth = 64, 3
-    once = depth * (4 * d * d + 8 * d * d) + 32 * d + d * 32 + 256 * d + d * d
+    once = depth * (4 * d * d + 8 * d * d)
     gathered = sum(b for kind, _, _, b in planned.collectives if kind == "all-gather")
-    assert 0.9 < gathered / (2 * 3 / 4 * 4 * once) < 1.2
+    assert 1 <= gathered / (2 * 3 / 4 * 4 * once) < 1.2  # what is outside of the blocks is little
 
 
 def test_rematerialisation_costs_flops_and_keeps_less(planned):
