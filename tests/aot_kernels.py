@@ -1,6 +1,6 @@
 """Compile the attention kernels for TPUs that are not there; a program of its own, which test_kernels.py runs once.
 
-    python tests/aot_kernels.py v5e:2x2 v5p:2x2x1 v6e:2x2        needs libtpu: pip install 'jdiff[tpu]'
+    python tests/aot_kernels.py v5e:2x2 v5p:2x2x1 v6e:2x2        needs libtpu: pip install 'jdiff[aot]'
 
 One JSON line a topology and case: seconds to lower and compile, kernels in the program, or the compiler's error.
 """
@@ -10,21 +10,13 @@ import os
 import sys
 import time
 
-os.environ |= {  # no look for a metadata server, no warnings, and other processes may do the same at the same time
-    "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-16",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_WORKER_ID": "0",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}
-
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 
 from jdiff import kernels
 from jdiff.kernels import masks
+from jdiff.plan.command import LIBTPU
 
 WINDOW = masks.window((32, 32), 6.0)
 # name: n, m, d, dtype, mask, whether with a bias and segment ids
@@ -51,6 +43,8 @@ def program(n, m, d, dtype, mask, extras, sharding):
 
 
 def main():
+    os.environ |= LIBTPU  # read when the compiler is loaded
+    jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_enable_compilation_cache", False)
     for name in sys.argv[1:]:
         device = topologies.get_topology_desc(platform="tpu", topology_name=name).devices[0]
@@ -60,7 +54,6 @@ def main():
             try:
                 compiled = program(*what, sharding).compile()
                 line["kernels"] = compiled.as_text().count('custom_call_target="tpu_custom_call"')
-                line["temporary_bytes"] = compiled.memory_analysis().temp_size_in_bytes
             except Exception as error:
                 line["error"] = f"{type(error).__name__}: {error}"[:2000]
             print(json.dumps(line | {"seconds": round(time.process_time() - start, 2)}), flush=True)
