@@ -5,6 +5,7 @@
 One JSON line a topology and case: seconds to lower and compile, kernels in the program, or the compiler's error.
 """
 
+import functools
 import json
 import os
 import sys
@@ -14,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 
-from jdiff import kernels
+from jdiff import kernels, mesh
 from jdiff.kernels import masks
 from jdiff.plan.command import LIBTPU
 
@@ -28,17 +29,26 @@ CASES = {
 }
 
 
-def program(n, m, d, dtype, mask, extras, sharding):
+def program(n, m, d, dtype, mask, extras, devices):
     """The gradient of a sum of attention, lowered: the kernel is found by the platform, as users have it."""
-    b, h = 2, 4
+    sharding = jax.sharding.SingleDeviceSharding(devices[0])
     shape = lambda *size, dtype=dtype: jax.ShapeDtypeStruct(size, dtype, sharding=sharding)
-    args = [shape(b, n, h, d), shape(b, m, h, d), shape(b, m, h, d)]
-    args += [shape(1, h, n, m, dtype=jnp.float32), shape(b, n, dtype=jnp.int32), shape(b, m, dtype=jnp.int32)] * extras
+    args = [shape(2, n, 4, d), shape(2, m, 4, d), shape(2, m, 4, d)]
+    args += [shape(1, 4, n, m, dtype=jnp.float32), shape(2, n, dtype=jnp.int32), shape(2, m, dtype=jnp.int32)] * extras
+    return gradient(
+        lambda q, k, v, bias=None, *ids: kernels.attention(q, k, v, mask=mask, bias=bias, segment_ids=ids or None), args
+    )
 
-    def loss(q, k, v, bias=None, *ids):
-        out = kernels.attention(q, k, v, mask=mask, bias=bias, segment_ids=ids or None)
-        return out.astype(jnp.float32).sum()
 
+def on_mesh(fn, axes, devices):
+    """The same of 256 tokens over four chips."""
+    m = mesh.make(axes, devices[:4])
+    args = [jax.ShapeDtypeStruct((2, 256, 4, 64), jnp.bfloat16, sharding=mesh.batch(m))] * 3
+    return gradient(mesh.on(m, fn), args)
+
+
+def gradient(fn, args):
+    loss = lambda *args: fn(*args).astype(jnp.float32).sum()
     return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2))).lower(*args)
 
 
@@ -47,13 +57,14 @@ def main():
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_enable_compilation_cache", False)
     for name in sys.argv[1:]:
-        device = topologies.get_topology_desc(platform="tpu", topology_name=name).devices[0]
-        sharding = jax.sharding.SingleDeviceSharding(device)
-        for case, what in CASES.items():
+        devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+        cases = {case: functools.partial(program, *what) for case, what in CASES.items()}
+        cases["heads over a mesh"] = functools.partial(on_mesh, kernels.attention, "data=2,tensor=2")
+        cases["ring"] = functools.partial(on_mesh, kernels.ring, "sequence=4")
+        for case, lower in cases.items():
             start, line = time.process_time(), {"topology": name, "case": case}
             try:
-                compiled = program(*what, sharding).compile()
-                line["kernels"] = compiled.as_text().count('custom_call_target="tpu_custom_call"')
+                line["kernels"] = lower(devices).compile().as_text().count('custom_call_target="tpu_custom_call"')
             except Exception as error:
                 line["error"] = f"{type(error).__name__}: {error}"[:2000]
             print(json.dumps(line | {"seconds": round(time.process_time() - start, 2)}), flush=True)

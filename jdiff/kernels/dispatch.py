@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from jdiff.mesh import BATCH
 
-from . import formulas, reference, tpu
+from . import formulas, masks, reference, tpu
 from .masks import Mask
 from .reference import Segments
 
@@ -34,12 +34,13 @@ def choice(
     dtype: DTypeLike = jnp.bfloat16,
     *,
     platform: str,
+    mask: Mask | None = None,
     masked: bool = False,
     implementation: str | None = None,
 ) -> Choice:
     """What `attention` does for q (b, n, h, d) and k (b, m, h, d) on "cpu", "tpu" or "cuda", and why.
 
-    masked: a mask, segment ids or a bias is given. ValueError if `implementation` cannot do what it is asked for: an
+    masked: segment ids or a bias are given as well. ValueError if `implementation` cannot do what it is asked for: an
     explicit request fails, a default falls back and says so here.
     """
     if implementation is not None:
@@ -47,7 +48,7 @@ def choice(
             raise ValueError(
                 f"attention: unknown implementation {implementation!r}; one of {', '.join(IMPLEMENTATIONS)}"
             )
-        if reason := _refusal(implementation, q_shape, k_shape, dtype, masked):
+        if reason := _refusal(implementation, q_shape, k_shape, dtype, mask, masked):
             raise ValueError(f"attention: implementation {implementation!r} was asked for, but {reason}")
         return Choice(implementation, "it was asked for")
     if jnp.dtype(dtype) == jnp.float64:
@@ -55,26 +56,30 @@ def choice(
     if platform == "cpu":
         return Choice("reference", "kernels are for accelerators")
     kernel = "tpu" if platform == "tpu" else "cudnn"
-    if reason := _refusal(kernel, q_shape, k_shape, dtype, masked):
+    if reason := _refusal(kernel, q_shape, k_shape, dtype, mask, masked):
         return Choice("xla", f"{reason}: XLA's attention is taken")
     return Choice(kernel, "the Pallas kernel serves it" if kernel == "tpu" else "cuDNN's flash attention serves it")
 
 
-def _refusal(path: str, q_shape: Sequence[int], k_shape: Any, dtype: DTypeLike, masked: bool) -> str | None:
+def _refusal(
+    path: str, q_shape: Sequence[int], k_shape: Any, dtype: DTypeLike, mask: Mask | None, masked: bool
+) -> str | None:
     """Why `path` cannot compute this; None if it can."""
-    d, kind = q_shape[-1], jnp.dtype(dtype)
+    d, n, m, kind = q_shape[-1], q_shape[1], (k_shape or q_shape)[1], jnp.dtype(dtype)
     if path == "tpu":
         if kind not in (jnp.float32, jnp.bfloat16):
             return f"dtype {kind} has no kernel (float32 and bfloat16 have)"
         if d % 8 or d > 256:
             return f"head dimension {d} has no kernel (multiples of 8 up to 256 have)"
+        if (pairs := tpu.visits(mask or masks.full(n, m))) > tpu.MAX_STEPS:
+            return f"{n} x {m} tokens are {pairs} pairs of blocks, and the kernel's list holds {tpu.MAX_STEPS}"
     if path == "cudnn":
         if kind not in (jnp.float16, jnp.bfloat16):
             return f"cuDNN has no flash attention in {kind} (float16 and bfloat16 have)"
         if d % 8 or d > 128:
             return f"head dimension {d} has no cuDNN kernel (multiples of 8 up to 128 have)"
-        if masked and (q_shape[1] % 2 or (k_shape or q_shape)[1] % 2):
-            return f"cuDNN takes a mask with even numbers of tokens only, not {q_shape[1]} x {(k_shape or q_shape)[1]}"
+        if (masked or mask is not None) and (n % 2 or m % 2):
+            return f"cuDNN takes a mask with even numbers of tokens only, not {n} x {m}"
         if not _has_cudnn():
             return "cuDNN is not in this process"
     return None
@@ -123,11 +128,8 @@ def attention(
         ValueError: shapes that do not fit, an unknown implementation, or one that cannot compute this.
     """
     check(q, k, v, bias, mask, segment_ids)
-    masked = not (bias is None and mask is None and segment_ids is None)
-    paths = {
-        p: choice(q.shape, k.shape, q.dtype, platform=p, masked=masked, implementation=implementation).path
-        for p in PLATFORMS
-    }
+    kind = {"mask": mask, "masked": bias is not None or segment_ids is not None, "implementation": implementation}
+    paths = {p: choice(q.shape, k.shape, q.dtype, platform=p, **kind).path for p in PLATFORMS}
 
     def run(q: Array, k: Array, v: Array, bias: Array | None, segment_ids: Segments | None) -> Array:
         def branch(path: str) -> Callable[..., Array]:

@@ -75,7 +75,7 @@ def bias_gradient(
 ) -> Float[Array, "b2 h2 n m"]:
     """ds summed over what the bias is shared by; a sample at a time, so in the memory of one sample's (h, n, m)."""
     b2, h2 = bias.shape[:2]
-    kept = None if mask.key[0] == "full" else jnp.asarray(mask.dense())
+    kept = None if mask.whole else jnp.asarray(mask.dense())
 
     def one(total: Array, sample: Any) -> tuple[Array, Array | None]:
         q, k, v, bias_here, ids, lse, delta, dout = jax.tree.map(lambda a: a[None], sample)

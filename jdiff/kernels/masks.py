@@ -45,6 +45,11 @@ class Mask:
     key: tuple[object, ...]
     rows: Rows = dataclasses.field(compare=False, repr=False)
 
+    @property
+    def whole(self) -> bool:
+        """Whether it is `full`: every query attends to every key."""
+        return self.key[0] == "full"
+
     def dense(self) -> np.ndarray:
         """Boolean (n, m), True where the query attends."""
         return self.rows(np.arange(self.n))
@@ -153,24 +158,22 @@ def tiles(shape: Sequence[int], tile: Sequence[int]) -> np.ndarray:
 @functools.lru_cache(maxsize=64)
 def blocks(mask: Mask, bq: int, bk: int) -> Blocks:
     """The mask in blocks. What padded queries would attend to is nobody's concern: they never make a block partial."""
-    nk = -(-mask.m // bk)
-    kinds, patterns, seen = [], [], {}
-    for start in range(0, mask.n, bq):
-        i = np.arange(start, min(start + bq, mask.n))
+    nq, nk = -(-mask.n // bq), -(-mask.m // bk)
+    kind, patterns = np.empty((nq, nk), np.int32), dict[bytes, int]()
+    for row in range(1 if mask.whole else nq):
+        i = np.arange(row * bq, min((row + 1) * bq, mask.n))
         padded = np.zeros((bq, nk * bk), bool)
         padded[: len(i), : mask.m] = mask.rows(i)
-        cut = padded.reshape(bq, nk, bk).transpose(1, 0, 2)
-        for block in cut:
+        for column, block in enumerate(padded.reshape(bq, nk, bk).swapaxes(0, 1)):
             if not block.any():
-                kinds.append(EMPTY)
+                kind[row, column] = EMPTY
             elif block[: len(i)].all():
-                kinds.append(FULL)
+                kind[row, column] = FULL
             else:
-                index = seen.setdefault(block.tobytes(), len(patterns))
-                kinds.append(index)
-                if index == len(patterns):
-                    patterns.append(block)
-    return Blocks(np.array(kinds, np.int32).reshape(-1, nk), np.array(patterns, bool).reshape(-1, bq, bk))
+                kind[row, column] = patterns.setdefault(block.tobytes(), len(patterns))
+    if mask.whole:
+        kind[1:] = kind[0]
+    return Blocks(kind, np.frombuffer(b"".join(patterns), bool).reshape(-1, bq, bk))
 
 
 def visited(mask: Mask, bq: int, bk: int) -> float:

@@ -68,12 +68,15 @@ def make_options(
 
 def block_sizes(mask: Mask) -> tuple[int, int]:
     """The blocks of queries and keys: large ones that pad little; smaller ones where a mask may skip some."""
-    sizes = (512, 384, 256, 128) if mask.key[0] == "full" else (256, 128)
+    sizes = (512, 384, 256, 128) if mask.whole else (256, 128)
     pick = lambda n: min(sizes, key=lambda size: (-(-n // size) * (size + 32), -size))
     return pick(mask.n), pick(mask.m)
 
 
 # ------------------------------------------------------------------------------------------- what is visited, and when
+MAX_STEPS = 32768  # of which the lists take 512 kB; a TPU has 1 MB of scalar memory
+
+
 class Steps(NamedTuple):
     """The block pairs in the order in which they are visited, int32. outer has a sentinel before and after."""
 
@@ -91,6 +94,11 @@ def steps(kind: np.ndarray) -> Steps:
     found = kind[outer, inner]
     last = np.maximum.accumulate(np.where(found >= 0, np.arange(len(found)), 0))
     return Steps(*(np.asarray(a, np.int32) for a in (np.r_[-1, outer, -1], inner, found, np.maximum(found[last], 0))))
+
+
+def visits(mask: Mask) -> int:
+    """How many steps the mask takes with the blocks of `block_sizes`."""
+    return len(steps(masks.blocks(mask, *block_sizes(mask)).kind).inner)
 
 
 def _dot(a: Array, b: Array, axes: tuple[int, int]) -> Array:
