@@ -144,6 +144,33 @@ def test_memory_traffic_of_a_loop_over_slices_counts_slices():
     assert 50 * 3 * 4000 <= found.hbm < 50 * 8 * 4000
 
 
+NESTED = """\
+%inner (p: f32[4,8], i: s32[]) -> f32[1,8] {
+  %p = f32[4,8]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  ROOT %d = f32[1,8]{1,0} dynamic-slice(%p, %i, %i), dynamic_slice_sizes={1,8}
+}
+
+%outer (i: s32[], p: f32[4,8]) -> f32[1,8] {
+  %i = s32[] parameter(0)
+  %p = f32[4,8]{1,0} parameter(1)
+  %b = f32[4,8]{1,0} bitcast(%p)
+  ROOT %f = f32[1,8]{1,0} fusion(%b, %i), kind=kLoop, calls=%inner
+}
+
+ENTRY %main (x: f32[4,8], i: s32[]) -> f32[1,8] {
+  %x = f32[4,8]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %room = f32[1000]{0} custom-call(), custom_call_target="AllocateBuffer"
+  ROOT %f = f32[1,8]{1,0} fusion(%i, %x), kind=kLoop, calls=%outer
+}
+"""
+
+
+def test_slices_are_seen_through_nested_fusions():
+    assert hlo.Program(NESTED).moved({"data": 1}).hbm == 32 + 32 + 4  # written, read, the index
+
+
 # ------------------------------------------------------------------------------------------------------------- FLOPs
 def test_products_are_xlas_count():
     """An unrolled net without a loop, its step with gradients: XLA counts what is not a matrix product too."""

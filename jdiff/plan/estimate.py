@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from . import chips, hlo
-from .program import PlanConfig, build
+from .program import Built, PlanConfig, build
 
 
 @dataclass(frozen=True)
@@ -80,11 +80,15 @@ def plan(config: PlanConfig) -> Plan:
         return Plan(
             config, n, False, over, capacity, memory, built.kept, built.flops / n, built.useful / n, (), {}, seconds
         )  # fmt: skip
-    seconds = time.perf_counter() - start
-    moved = hlo.Program(compiled.as_text()).moved(dict(built.mesh.shape))
-    sizes = compiled.memory_analysis()
+    return read(config, built, compiled.as_text(), compiled.memory_analysis(), time.perf_counter() - start)
+
+
+def read(config: PlanConfig, built: Built, text: str, sizes: Any, seconds: float) -> Plan:
+    """The plan of a compiled program: its text, its memory as `memory_analysis` gives it, seconds that it took."""
+    topology, n = chips.parse(config.topology), built.mesh.size
+    moved = hlo.Program(text).moved(dict(built.mesh.shape))
     memory = built.parts | {
-        "batch and the rest": sizes.argument_size_in_bytes - sum(built.parts.values()),
+        "batch and padding": sizes.argument_size_in_bytes - sum(built.parts.values()),
         "results": sizes.output_size_in_bytes - sizes.alias_size_in_bytes,
         "temporaries": sizes.temp_size_in_bytes,
     }

@@ -159,7 +159,7 @@ class Program:
 
     def traffic(self, where: str, i: Instruction) -> float:
         """Bytes that an instruction reads from and writes to the device's memory; slices of arrays count as slices."""
-        if i.op in FREE or i.op.endswith("-done"):
+        if i.op in FREE or i.op.endswith("-done") or '"AllocateBuffer"' in i.rest:
             return 0
         body = self.computations[where]
         shapes = [body[o].shape if o in body else "" for o in i.operands]
@@ -180,23 +180,28 @@ class Program:
         for out, shape in zip(outs, written, strict=False):
             update = inner[out.operands[1]].shape if out.op == "dynamic-update-slice" else None
             total += size(shape) if update is None else size(shape) and nbytes(update)
-        users: dict[str, list[Instruction]] = {}
-        for user in inner.values():
-            for o in user.operands:
-                users.setdefault(o, []).append(user)
-        for p in (p for p in inner.values() if p.op == "parameter"):
-            by = _users(users, p.name)
-            n = int(p.rest)
-            if by and all(u.op in ("dynamic-slice", "slice", "gather") for u in by):
-                total += size(shapes[n]) and sum(nbytes(u.shape) for u in by)
-            elif not (by and all(u.op == "dynamic-update-slice" for u in by)):
-                total += size(shapes[n])
+        for p in inner.values():
+            if p.op == "parameter" and (whole := size(shapes[int(p.rest)])):
+                total += min(whole, self.read(_called(i)[0], p.name))
         return total
 
-
-def _users(users: dict[str, list[Instruction]], name: str) -> list[Instruction]:
-    """Who reads a value, through bitcasts."""
-    return [v for u in users.get(name, []) for v in (_users(users, u.name) if u.op == "bitcast" else [u])]
+    def read(self, where: str, name: str) -> float:
+        """Bytes of a value that the computation around it reads: of slices the slices, inf where all of it may be."""
+        total = 0.0
+        for user in self.computations[where].values():
+            if name not in user.operands:
+                continue
+            if user.op in ("dynamic-slice", "slice", "gather"):
+                total += nbytes(user.shape)
+            elif user.op == "bitcast":
+                total += self.read(where, user.name)
+            elif user.op == "fusion":
+                inside = _called(user)[0]
+                inner = {int(p.rest): p.name for p in self.computations[inside].values() if p.op == "parameter"}
+                total += sum(self.read(inside, inner[k]) for k, o in enumerate(user.operands) if o == name)
+            elif user.op != "dynamic-update-slice" or user.operands[0] != name:  # what is updated in place is not read
+                return math.inf
+        return total
 
 
 def _through(body: dict[str, Instruction], name: str) -> Instruction:

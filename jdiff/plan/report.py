@@ -87,7 +87,7 @@ def table(plans: Sequence[Plan]) -> str:
     ]
     rows = [head, ["---"] * len(head)]
     for p in plans:
-        c, rest = p.config, {"temporaries", "batch and the rest", "results"}
+        c, rest = p.config, {"temporaries", "batch and padding", "results"}
         state = sum(v for k, v in p.memory.items() if k not in rest)
         low, high = p.at_least, p.at_most
         known = p.fits and p.seconds
