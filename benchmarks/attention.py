@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from jdiff import kernels
-from jdiff.kernels import masks, tpu
+from jdiff.kernels import grid, masks
 from jdiff.plan.command import LIBTPU
 
 HEADS = 16
@@ -96,8 +96,8 @@ def ahead(topology):
     shape = jax.ShapeDtypeStruct((1, 4096, HEADS, 72), jnp.bfloat16, sharding=jax.sharding.SingleDeviceSharding(device))
     for kind, mask in {"full": masks.full(4096), **{f"window 8, {o}": m for o, m in windows(64, 8.0).items()}}.items():
         compiled = programs(mask, "tpu")[0].lower(shape, shape, shape).compile()
-        block = tpu.block_sizes(mask)
-        steps = len(tpu.steps(masks.blocks(mask, *block).kind).inner)
+        block = grid.block_sizes(mask)
+        steps = len(grid.steps(masks.blocks(mask, *block).kind).inner)
         share = steps * block[0] * block[1] / 4096**2
         flops = compiled.cost_analysis()["flops"]
         print(f"{kind:16} blocks {block}, {steps} steps: {share:.3f} of all; {flops:.3g} FLOPs", flush=True)

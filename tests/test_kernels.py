@@ -16,7 +16,7 @@ from flax import nnx
 from jax.experimental.pallas import tpu as pltpu
 
 from jdiff import kernels, mesh, nets
-from jdiff.kernels import dispatch, masks, reference, tpu
+from jdiff.kernels import dispatch, grid, masks, reference, tpu
 from jdiff.kernels.masks import EMPTY, FULL
 
 
@@ -116,7 +116,7 @@ def test_blocks_say_what_the_mask_says(mask):
         assert (kind == EMPTY) == (not inside.any()) and (kind == FULL) == bool(inside.all())
         if kind >= 0:
             np.testing.assert_array_equal(cut.patterns[kind][: len(inside)], inside)
-    order = tpu.steps(cut.kind)
+    order = grid.steps(cut.kind)
     visits = list(zip(order.outer[1:-1].tolist(), order.inner.tolist(), strict=True))
     empty_rows = [(i, 0) for i in np.flatnonzero((cut.kind == EMPTY).all(1)).tolist()]
     assert visits == sorted([*zip(*(a.tolist() for a in np.nonzero(cut.kind != EMPTY)), strict=True), *empty_rows])

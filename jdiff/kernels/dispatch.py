@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from jdiff.mesh import BATCH
 
-from . import formulas, masks, reference, tpu
+from . import formulas, grid, masks, reference, tpu
 from .masks import Mask
 from .reference import Segments
 
@@ -71,8 +71,8 @@ def _refusal(
             return f"dtype {kind} has no kernel (float32 and bfloat16 have)"
         if d % 8 or d > 256:
             return f"head dimension {d} has no kernel (multiples of 8 up to 256 have)"
-        if (pairs := tpu.visits(mask or masks.full(n, m))) > tpu.MAX_STEPS:
-            return f"{n} x {m} tokens are {pairs} pairs of blocks, and the kernel's list holds {tpu.MAX_STEPS}"
+        if (pairs := grid.visits(mask or masks.full(n, m))) > grid.MAX_STEPS:
+            return f"{n} x {m} tokens are {pairs} pairs of blocks, and the kernel's list holds {grid.MAX_STEPS}"
     if path == "cudnn":
         if kind not in (jnp.float16, jnp.bfloat16):
             return f"cuDNN has no flash attention in {kind} (float16 and bfloat16 have)"
