@@ -152,8 +152,8 @@ def finish(context: Context, cells: Mapping[tuple[str, Any], reproduce.Cell], ou
         "64; 1,000 levels, of which every tenth or fortieth is visited. Published (MT-Diffusion, ImageNet): several "
         "tasks in one model at no loss of the single task's quality; bounds are our own, set before the run; w = 0.01 "
         "was added after w = 0.001 had failed. z_0 is found as (z_t - b y - s eps) / a with the known y, and the "
-        "network reads y from z_t alone: where it cannot, z_0 is off by (b / a) (E[y | z_t] - y), away from what is known. "
-        "So the codes must be readable at every level.",
+        "network reads y from z_t alone: where it cannot, z_0 is off by (b / a) (E[y | z_t] - y), away from what is "
+        "known. So the codes must be readable at every level.",
         "",
         "## Agreement of the label and the classifier",
         "",
