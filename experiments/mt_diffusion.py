@@ -153,7 +153,7 @@ def finish(context: Context, cells: Mapping[tuple[str, Any], reproduce.Cell], ou
         "tasks in one model at no loss of the single task's quality; bounds are our own, set before the run; w = 0.01 "
         "was added after w = 0.001 had failed. z_0 is found as (z_t - b y - s eps) / a with the known y, and the "
         "network reads y from z_t alone: where it cannot, z_0 is off by (b / a) (E[y | z_t] - y), away from what is "
-        "known. So the codes must be readable at every level.",
+        "known. Stronger codes did not mend that here.",
         "",
         "## Agreement of the label and the classifier",
         "",
