@@ -80,10 +80,13 @@ def arrays(folder: Path) -> dict[str, bytes]:
     import numpy as np
     import orbax.checkpoint as ocp
 
-    items = [p.name for p in folder.iterdir() if p.is_dir() and p.name != "meta"]
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
-        found = reader.restore(folder, args=ocp.args.Composite(**{name: ocp.args.StandardRestore() for name in items}))
-    leaves = jax.tree.leaves_with_path({name: found[name] for name in items})
+    items, found = [p.name for p in folder.iterdir() if p.is_dir() and p.name != "meta"], {}
+    host = ocp.RestoreArgs(restore_type=np.ndarray)  # whatever the devices were that it was saved from
+    with ocp.PyTreeCheckpointer() as reader:
+        for name in items:
+            shapes = reader.metadata(folder / name).item_metadata.tree
+            found[name] = reader.restore(folder / name, restore_args=jax.tree.map(lambda _: host, shapes))
+    leaves = jax.tree.leaves_with_path(found)
     return {jax.tree_util.keystr(path): np.asarray(leaf).tobytes() for path, leaf in leaves}
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib.util
 import re
 import sys
 
@@ -214,6 +215,30 @@ def test_no_kernel_is_gathered_more_often_than_it_is_used(planned):
     once = depth * (4 * d * d + 8 * d * d)
     gathered = sum(b for kind, _, _, b in planned.collectives if kind == "all-gather")
     assert 1 <= gathered / (2 * 3 / 4 * 4 * once) < 1.2  # what is outside of the blocks is little
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs TPU's compiler: jdiff[aot]")
+def test_a_tpu_receives_little_more_than_it_must():
+    """Compiled for four chips of v5p: the blocks' kernels gathered twice, their gradients scattered once, in bfloat16."""
+    d, depth = 256, 4
+    net = {"patch": 2, "width": d, "depth": depth, "heads": 4}
+    config = PlanConfig(
+        net="DiT",
+        net_options=net,
+        topology="v5p:2x2x1",
+        mesh="fsdp=4",
+        batch=64,
+        size=16,
+        classes=10,
+        ema=(),
+        optimizer="sgd",
+    )
+    found = command.plan(config, timeout=230)
+    ideal = 3 * 3 / 4 * 2 * depth * (4 * d * d + 8 * d * d)
+    received = sum(b for *_, b in found.collectives)
+    assert 1 <= received / ideal < 1.2, found.collectives
+    assert found.fits and found.capacity == 95 * 2**30 and 0 < found.at_least < found.at_most < 1e-3
+    assert abs(found.flops / found.useful - 1) < 0.02
 
 
 def test_rematerialisation_costs_flops_and_keeps_less(planned):
