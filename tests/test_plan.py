@@ -219,7 +219,7 @@ def test_no_kernel_is_gathered_more_often_than_it_is_used(planned):
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs TPU's compiler: jdiff[aot]")
 def test_a_tpu_receives_little_more_than_it_must():
-    """Compiled for four chips of v5p: the blocks' kernels gathered twice, their gradients scattered once, in bfloat16."""
+    """Compiled for four chips of v5p: the blocks' kernels gathered twice, their gradients scattered once, bfloat16."""
     d, depth = 256, 4
     net = {"patch": 2, "width": d, "depth": depth, "heads": 4}
     config = PlanConfig(
