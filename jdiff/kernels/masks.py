@@ -88,7 +88,7 @@ def window(shape: Sequence[int], radius: float, text: int = 0) -> Mask:
     """A token attends to those at a Euclidean distance < radius on the grid: a circle in 2-D, a ball in 3-D.
 
     shape: the grid of tokens, one to three sizes, in row-major order. text: tokens before the grid that attend to
-    all and that all attend to. The local window of CLEAR (2412.16112, section 3.2).
+    all and that all attend to. The local window of CLEAR (2412.16112).
     ValueError for another number of sizes, or a radius that is not positive.
     """
     shape = tuple(int(s) for s in shape)
