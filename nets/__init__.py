@@ -8,6 +8,8 @@ Its blocks can be run one by one (`net.embed`, `net.run`, `net.project`, `net.fe
 token mixers and blocks be taken over (`intercept`, `replace`).
 """
 
+from .autoencoder import AutoencoderKL as AutoencoderKL
+from .autoencoder import VQAutoencoder as VQAutoencoder
 from .conditioning import Text as Text
 from .dit import DiT as DiT
 from .dit import SiT as SiT
@@ -16,24 +18,30 @@ from .hooks import intercept as intercept
 from .hooks import replace as replace
 from .layers import REMAT as REMAT
 from .macs import macs as macs
+from .mmdit import MMDiT as MMDiT
 from .net import Net as Net
 from .noise_prompt import NoisePromptNet as NoisePromptNet
 from .presets import PRESETS as PRESETS
 from .presets import Preset as Preset
 from .presets import build as build
 from .unet import UNet as UNet
+from .uvit import UViT as UViT
 
 __all__ = [
     "PRESETS",
     "REMAT",
+    "AutoencoderKL",
     "DiT",
     "GraphNet",
+    "MMDiT",
     "Net",
     "NoisePromptNet",
     "Preset",
     "SiT",
     "Text",
     "UNet",
+    "UViT",
+    "VQAutoencoder",
     "build",
     "intercept",
     "macs",

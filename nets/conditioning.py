@@ -25,9 +25,11 @@ class Text(NamedTuple):
     pooled: Float[Array, "b p"] | None = None
 
 
-def sinusoids(t: Float[Array, "*shape"], size: int, max_period: float = 10_000.0) -> Float[Array, "*shape {size}"]:
-    """cos then sin of t at size / 2 frequencies from 1 to about 1 / max_period, float32, as in DiT."""
-    frequencies = max_period ** -(np.arange(size // 2) / (size // 2))
+def sinusoids(
+    t: Float[Array, "*shape"], size: int, max_period: float = 10_000.0, endpoint: bool = False
+) -> Float[Array, "*shape {size}"]:
+    """cos then sin of t at size / 2 frequencies from 1 to about 1 / max_period (endpoint: exactly), float32."""
+    frequencies = max_period ** -(np.arange(size // 2) / (size // 2 - endpoint))
     angles = t.astype(jnp.float32)[..., None] * jnp.asarray(frequencies, jnp.float32)
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
@@ -37,6 +39,9 @@ class Conditioning(nnx.Module):
 
     Time: sinusoids of time_scale * t, then Linear, SiLU, Linear. Label: a row of a table of num_classes rows,
     and one more at index num_classes for "no label" where null_class is set (2207.12598).
+
+    endpoint: see `sinusoids`. fourier: cosines and sines of 2 pi f t in their place, f drawn from N(0, 16^2) once and
+    not trained (2006.10739). labels_first: the label is added to the sinusoids, before the two layers.
     """
 
     def __init__(
@@ -49,6 +54,9 @@ class Conditioning(nnx.Module):
         time_scale: float,
         time_init: nnx.Initializer = xavier,
         label_std: float,
+        endpoint: bool = False,
+        fourier: bool = False,
+        labels_first: bool = False,
         param_dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
@@ -59,20 +67,35 @@ class Conditioning(nnx.Module):
             "param_dtype": param_dtype,
             "precision": jax.lax.Precision.HIGHEST,
         }
-        self.frequencies, self.time_scale = frequencies, time_scale
+        self.frequencies, self.time_scale, self.endpoint, self.labels_first = (
+            frequencies,
+            time_scale,
+            endpoint,
+            labels_first,
+        )
         self.time_in = Linear(frequencies, width, **options, rngs=rngs)
         self.time_out = Linear(width, width, **options, rngs=rngs)
         if num_classes:
-            shape = (num_classes + null_class, width)
+            shape = (num_classes + null_class, frequencies if labels_first else width)
             self.labels = nnx.Param(label_std * jax.random.normal(rngs.params(), shape, jnp.dtype(param_dtype)))
+        drawn = lambda: 16 * jax.random.normal(rngs.params(), (frequencies // 2,), jnp.dtype(param_dtype))
+        self.fourier = nnx.Param(drawn()) if fourier else None
 
     def __call__(self, t: Float[Array, "b1 *shape"], y: Int[Array, "b"] | None) -> Float[Array, "b2 *shape d"]:
         """t of shape (b or 1, ...) and labels (b,), or None for a net without classes -> (b or 1, ..., d)."""
-        c = sinusoids(self.time_scale * t.astype(jnp.float32), self.frequencies)
-        c = self.time_out(jax.nn.silu(self.time_in(c)))
-        if y is None:
-            return c
-        rows = self.labels.shape[0]
-        # A label that is no row, a negative one too, becomes NaN: traced labels cannot raise.
-        label = jnp.take(self.labels[...], jnp.where(y < 0, rows, y), axis=0, mode="fill")
-        return c + label.astype(jnp.float32).reshape(-1, *(1,) * (t.ndim - 1), label.shape[-1])
+        c, told = self.waves(self.time_scale * t.astype(jnp.float32)), 0.0
+        if y is not None:
+            rows = self.labels.shape[0]
+            # A label that is no row, a negative one too, becomes NaN: traced labels cannot raise.
+            label = jnp.take(self.labels[...], jnp.where(y < 0, rows, y), axis=0, mode="fill")
+            told = label.astype(jnp.float32).reshape(-1, *(1,) * (t.ndim - 1), label.shape[-1])
+        if self.labels_first:
+            return self.time_out(jax.nn.silu(self.time_in(c + told)))
+        return self.time_out(jax.nn.silu(self.time_in(c))) + told
+
+    def waves(self, t: Float[Array, "*shape"]) -> Float[Array, "*shape f"]:
+        """Cosines, then sines, of the time."""
+        if self.fourier is None:
+            return sinusoids(t, self.frequencies, endpoint=self.endpoint)
+        angles = 2 * np.pi * t[..., None] * jax.lax.stop_gradient(self.fourier.astype(jnp.float32))
+        return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)

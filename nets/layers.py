@@ -105,6 +105,18 @@ class RMSNorm(nnx.Module):
         return rms_norm(x) * self.scale.astype(x.dtype)
 
 
+class LayerNorm(nnx.Module):
+    """layer_norm with a learned scale and bias a channel."""
+
+    def __init__(self, width: int, param_dtype: DTypeLike, epsilon: float = 1e-5):
+        self.epsilon = epsilon
+        self.scale = nnx.Param(jnp.ones(width, jnp.dtype(param_dtype)))
+        self.bias = nnx.Param(jnp.zeros(width, jnp.dtype(param_dtype)))
+
+    def __call__(self, x: Float[Array, "*shape d"]) -> Float[Array, "*shape d"]:
+        return layer_norm(x, self.epsilon) * self.scale.astype(x.dtype) + self.bias.astype(x.dtype)
+
+
 def modulate(x: Array, shift: Array, scale: Array) -> Array:
     """x (1 + scale) + shift, the conditioning of adaLN and of scale-shift norms."""
     return x * (1 + scale) + shift
@@ -123,7 +135,8 @@ def by_column(linear: Callable[[Array], Array], c: Float[Array, "b n d"]) -> Flo
 class GroupNorm(nnx.Module):
     """Normalise (b, h, w, c) in 32 groups of channels, or in fewer so that a group has 4 channels or more."""
 
-    def __init__(self, channels: int, param_dtype: DTypeLike):
+    def __init__(self, channels: int, param_dtype: DTypeLike, epsilon: float = 1e-5):
+        self.epsilon = epsilon
         self.groups = next(g for g in range(min(32, max(channels // 4, 1)), 0, -1) if channels % g == 0)
         self.scale = nnx.Param(jnp.ones(channels, jnp.dtype(param_dtype)))
         self.bias = nnx.Param(jnp.zeros(channels, jnp.dtype(param_dtype)))
@@ -133,7 +146,7 @@ class GroupNorm(nnx.Module):
         kind = wide(x.dtype)
         h = rearrange(x.astype(kind), "b h w (g c) -> b h w g c", g=self.groups)
         h = h - h.mean(axis=(1, 2, 4), keepdims=True)
-        h = h * jax.lax.rsqrt(jnp.square(h).mean(axis=(1, 2, 4), keepdims=True) + 1e-5)
+        h = h * jax.lax.rsqrt(jnp.square(h).mean(axis=(1, 2, 4), keepdims=True) + self.epsilon)
         return (h.reshape(x.shape) * self.scale.astype(kind) + self.bias.astype(kind)).astype(x.dtype)
 
 
@@ -205,3 +218,32 @@ class SelfAttention(nnx.Module):
         tokens = getattr(getattr(self.attention, "func", self.attention), "tokens", None)  # kernels.ring: "sequence"
         q, k, v = (constrain(a, BATCH, tokens, "tensor", None) for a in (q, k, v))
         return q, k, v
+
+
+class CrossAttention(nnx.Module):
+    """Multi-head attention of tokens (b, n, d) to a sequence of embeddings (b, m, context) -> (b, n, d)."""
+
+    def __init__(
+        self,
+        width: int,
+        context: int,
+        heads: int,
+        *,
+        attention: Attention | None = None,
+        bias: bool = True,
+        dtype: DTypeLike,
+        param_dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ):
+        options: dict[str, Any] = {"kernel_init": xavier, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.heads = heads
+        self.attention = attention or dot_product_attention
+        self.q = Linear(width, width, use_bias=bias, **options)
+        self.kv = Linear(context, 2 * width, use_bias=bias, **options)
+        self.out = Linear(width, width, **options)
+
+    def __call__(self, x: Float[Array, "b n d"], context: Float[Array, "b m e"]) -> Float[Array, "b n d"]:
+        q = rearrange(self.q(x), "b n (heads d) -> b n heads d", heads=self.heads)
+        k, v = rearrange(self.kv(context), "b m (two heads d) -> two b m heads d", two=2, heads=self.heads)
+        q, k, v = (constrain(a, BATCH, None, "tensor", None) for a in (q, k, v))
+        return self.out(rearrange(self.attention(q, k, v), "b n heads d -> b n (heads d)"))

@@ -8,18 +8,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .conditioning import Text
 from .net import Net
 
 
 def macs(net: Net, blocks: Sequence[Any] | np.ndarray | None = None) -> int:
-    """Multiply-accumulates of matrix products and convolutions for one sample, at one time.
+    """Multiply-accumulates of matrix products and convolutions for one sample, at one time (and of 77 embeddings of a
+    text, or of as many as the net has positions for).
 
     blocks: the mask that the net is given, None for all. A skipped block costs its shortcut, if that has a product.
     ValueError for a mask of another length.
     """
     keep = np.ones(net.num_blocks) if blocks is None else np.asarray(blocks)
     image = jax.ShapeDtypeStruct((1, *net.shape), jnp.float32)
-    label = jax.ShapeDtypeStruct((1,), jnp.int32) if net.num_classes else None
+    label: Any = jax.ShapeDtypeStruct((1,), jnp.int32) if net.num_classes else None
+    if context := getattr(net, "context", None):
+        given = lambda *shape: jax.ShapeDtypeStruct((1, *shape), jnp.float32)
+        label = Text(given(getattr(net, "context_length", 77), context), given(getattr(net, "pooled", 1)))
     call = lambda net, x, y, mask: net(x, jnp.zeros((), jnp.float32), y, blocks=mask)
     traced = jax.make_jaxpr(call)(net, image, label, jax.ShapeDtypeStruct(keep.shape, jnp.float32))
     always, branches = count(traced.jaxpr)

@@ -9,6 +9,7 @@ from flax import nnx
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from .conditioning import Text
 from .layers import REMAT, wide
 from .patches import per_axis
 
@@ -113,7 +114,7 @@ class Net(nnx.Module):
                 raise ValueError(f"{name}: {key} is {arguments[key]}; expected a positive integer")
         if arguments.get("num_classes", 0) < 0:
             raise ValueError(f"{name}: num_classes is {arguments['num_classes']}; expected 0 (no labels) or more")
-        if arguments["remat"] not in REMAT:
+        if arguments.get("remat", "none") not in REMAT:
             raise ValueError(f"{name}: unknown remat {arguments['remat']!r}; expected one of {', '.join(REMAT)}")
         self.name = name
         self.image_size, self.channels = size if isinstance(size, int) else tuple(size), arguments["channels"]
@@ -172,6 +173,16 @@ class Net(nnx.Module):
                 f"labels y are {y.dtype} of shape {y.shape}; expected integers of shape ({x.shape[0]},) or ()"
             )
         return jnp.broadcast_to(y, (x.shape[0],))
+
+    def _text(self, x: Array, y: Any, width: int, pooled: int = 0) -> Text:
+        """The text, its embeddings of this width and its vector; ValueError where it is missing or does not fit."""
+        want = f"Text(tokens ({x.shape[0]}, any, {width})" + (f", pooled ({x.shape[0]}, {pooled}))" if pooled else ")")
+        if not isinstance(y, Text):
+            raise ValueError(f"{self.name} is told a text: y is {type(y).__name__}; expected {want}")
+        shapes = (y.tokens.shape[::2], None if y.pooled is None else y.pooled.shape)
+        if shapes[0] != (x.shape[0], width) or (pooled and shapes[1] != (x.shape[0], pooled)):
+            raise ValueError(f"{self.name}: the text has tokens {y.tokens.shape}, pooled {shapes[1]}; expected {want}")
+        return y
 
     @property
     def attention_heads(self) -> tuple[int, ...]:

@@ -6,10 +6,13 @@ from typing import Any, NamedTuple
 
 from flax import nnx
 
+from .autoencoder import AutoencoderKL, VQAutoencoder
 from .dit import DiT, SiT
+from .mmdit import MMDiT
 from .net import Net
 from .patches import Size
 from .unet import UNet
+from .uvit import UViT
 
 
 class Preset(NamedTuple):
@@ -41,6 +44,14 @@ def _transformers(net: type[Net], source: str, patches: Sequence[int]) -> dict[s
     }
 
 
+_SONG = {
+    "width": 128,
+    "multipliers": (2, 2, 2),
+    "blocks": 4,
+    "attention_at": (16,),
+    "head_width": None,
+    "time_scale": 1.0,
+}
 _TINY = {"depth": 4, "width": 128, "heads": 4}
 
 PRESETS: dict[str, Preset] = {
@@ -54,7 +65,32 @@ PRESETS: dict[str, Preset] = {
     **_transformers(DiT, "2212.09748", (2, 4, 8)),
     "SiT": Preset(SiT, {}, "DiT with SiT's time and channels; give patch, width, depth and heads"),
     **_transformers(SiT, "2401.08740", (2, 4, 8)),
-    "UNet": Preset(UNet, {}, "ADM's U-Net; give width, multipliers and blocks"),
+    "UViT": Preset(UViT, {}, "transformer with long skips, all is a token; give patch, width, depth and heads"),
+    **{
+        f"UViT-{size}/{patch}": Preset(
+            UViT,
+            {"patch": patch, "width": width, "depth": depth, "heads": heads},
+            f"U-ViT-{size} of 2209.12152, {millions}M parameters, patch {patch}",
+        )
+        for size, width, depth, heads, millions in (
+            ("S", 512, 12, 8, 44),
+            ("M", 768, 16, 12, 131),
+            ("L", 1024, 20, 16, 287),
+            ("H", 1152, 28, 16, 501),
+        )
+        for patch in (2, 4)
+    },
+    "MMDiT": Preset(MMDiT, {}, "two streams, joint attention; give patch, width, depth, heads, context, pooled"),
+    "MMDiT-SD3": Preset(
+        MMDiT,
+        {"patch": 2, "width": 1536, "depth": 24, "heads": 24, "context": 4096, "pooled": 2048},
+        "Stable Diffusion 3 medium (2403.03206), 2.03B parameters, told a text",
+    ),
+    "AutoencoderKL": Preset(AutoencoderKL, {}, "Stable Diffusion's autoencoder, 83.7M parameters; not a net of (x, t)"),
+    "VQAutoencoder": Preset(
+        VQAutoencoder, {}, "latent diffusion's autoencoder with a codebook (VQ-f4), 55.3M parameters; not of (x, t)"
+    ),
+    "UNet": Preset(UNet, {}, "U-Net of ADM, score SDE or latent diffusion; give width, multipliers, blocks, style"),
     "UNet-Ti": Preset(
         UNet,
         {"width": 32, "multipliers": (1, 2), "blocks": 1, "head_width": 32},
@@ -75,6 +111,25 @@ PRESETS: dict[str, Preset] = {
             "head_width": 64,
         },
         "ADM's net for 64 x 64 ImageNet (2105.05233), 296M parameters",
+    ),
+    "UNet-DDPM++": Preset(
+        UNet, {**_SONG, "style": "ddpm++"}, "DDPM++ for 32 x 32 as in EDM (2206.00364), 55.7M parameters; time_scale 1"
+    ),
+    "UNet-NCSN++": Preset(
+        UNet, {**_SONG, "style": "ncsn++"}, "NCSN++ for 32 x 32 as in EDM (2206.00364), 56.4M parameters; time_scale 1"
+    ),
+    "UNet-LDM": Preset(
+        UNet,
+        {
+            "width": 320,
+            "multipliers": (1, 2, 4, 4),
+            "blocks": 2,
+            "attention_at": (64, 32, 16),
+            "heads": 8,
+            "style": "ldm",
+            "context": 768,
+        },
+        "latent diffusion's U-Net as in Stable Diffusion 1 for 64 x 64 latents, 860M parameters, told a text",
     ),
 }
 """Nets by name. Sizes are counted at the papers' own image sizes and labels."""

@@ -1,94 +1,42 @@
-"""Convolutional U-Net of ADM (Dhariwal & Nichol, 2105.05233), the heir of DDPM's and DDPM++'s."""
+"""Convolutional U-Nets: ADM (Dhariwal & Nichol, 2105.05233), DDPM++ and NCSN++, latent diffusion's."""
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from einops import rearrange, reduce, repeat
 from flax import nnx
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float
 
-from jdiff.mesh import BATCH, constrain
-
-from .conditioning import Conditioning
-from .layers import Attention, Conv, GroupNorm, Linear, SelfAttention, modulate, rematerialise, xavier, zeros
+from .conditioning import Conditioning, Text
+from .layers import Attention, Conv, GroupNorm, rematerialise, xavier, zeros
 from .net import Net
 from .patches import pool_time
-
-Resampling = Literal["same", "down", "up"]
-
-
-def resample(x: Float[Array, "b h w c"], to: Resampling) -> Float[Array, "b h2 w2 c"]:
-    """Half the size by averaging 2 x 2 pixels, twice the size by repeating them, or x."""
-    if to == "down":
-        return reduce(x, "b (h p) (w q) c -> b h w c", "mean", p=2, q=2)
-    return repeat(x, "b h w c -> b (h p) (w q) c", p=2, q=2) if to == "up" else x
+from .unet_blocks import STYLES, Block, Resample, resample
 
 
-class Block(nnx.Module):
-    """Residual block with a scale-shift norm, resampling inside it, then attention if asked.
+class State(NamedTuple):
+    """What passes between blocks."""
 
-        h = Conv(resample(SiLU(GN(x))))
-        h = Conv(SiLU(GN(h) (1 + scale) + shift)),  (scale, shift) = Linear(SiLU(c))
-        x = skip(resample(x)) + h
-        x = x + Attention(GN(x))
+    h: Float[Array, "b h w c"]  # features
+    skips: tuple[Array, ...]  # features of the way down that the way up has not taken yet, the last one on top
+    image: Array | None  # NCSN++'s downsampled image
 
-    Both branches end in zeros, so only the skip passes when it is built. `level`: halvings of the output.
-    """
 
-    def __init__(
-        self,
-        channels: int,
-        out: int,
-        cond: int,
-        *,
-        level: int,
-        to: Resampling = "same",
-        heads: int = 0,
-        attention: Attention | None = None,
-        dtype: DTypeLike,
-        param_dtype: DTypeLike,
-        rngs: nnx.Rngs,
-    ):
-        options: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.level = level
-        self.to: Resampling = to
-        self.norm_in = GroupNorm(channels, param_dtype)
-        self.conv_in = Conv(channels, out, (3, 3), kernel_init=xavier, **options)
-        self.modulation = Linear(cond, 2 * out, kernel_init=xavier, **options)
-        self.norm_out = GroupNorm(out, param_dtype)
-        self.conv_out = Conv(out, out, (3, 3), kernel_init=zeros, **options)
-        self.skip = Linear(channels, out, kernel_init=xavier, **options) if out != channels else None
-        self.norm_attention = GroupNorm(out, param_dtype) if heads else None
-        self.attention = SelfAttention(out, heads, attention=attention, out_init=zeros, **options) if heads else None
+class Told(NamedTuple):
+    """What the blocks are told: an embedding a resolution, and a text's embeddings."""
 
-    def __call__(
-        self, x: Float[Array, "b h w c"], c: Float[Array, "b2 h2 w2 d"], perturb: Array | None = None
-    ) -> Float[Array, "b h3 w3 o"]:
-        """x: features; c: conditioning a sample (h2 = w2 = 1) or a pixel of the output; perturb: of the attention."""
-        h = self.conv_in(resample(jax.nn.silu(self.norm_in(x)), self.to))
-        scale, shift = jnp.split(self.modulation(jax.nn.silu(c)), 2, axis=-1)
-        h = self.conv_out(jax.nn.silu(modulate(self.norm_out(h), shift, scale)))
-        x = constrain(self.shortcut(x) + h, BATCH, None, None, None)
-        if self.attention is not None and self.norm_attention is not None:
-            tokens = rearrange(self.norm_attention(x), "b h w c -> b (h w) c")
-            x = x + self.attention(tokens, perturb).reshape(x.shape)
-        return x
-
-    def shortcut(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h3 w3 o"]:
-        """What passes beside the branches: x, resampled and with the block's channels."""
-        x = resample(x, self.to)
-        return x if self.skip is None else self.skip(x)
+    levels: tuple[Array, ...]
+    text: Array | None
 
 
 class UNet(Net):
-    """Convolutional U-Net: scale-shift residual blocks, attention at chosen resolutions (2105.05233).
+    """Convolutional U-Net of residual blocks, with attention at chosen resolutions.
 
-    Down and up sampling are residual blocks; each resolution has `blocks` of them on the way down and one
-    more on the way up, which concatenates every feature map of the way down once; the middle has attention.
-    No dropout: drawing random numbers does not belong in a pure function of (x, t, y).
+    Each resolution has `blocks` of them on the way down and one more on the way up, which concatenates every feature
+    map of the way down once, and blocks or convolutions that resample between; the middle has attention. No dropout:
+    drawing random numbers does not belong in a pure function of (x, t, y).
 
     Args:
         image_size: height and width of the (square) images; divisible by 2 ** (len(multipliers) - 1).
@@ -98,6 +46,10 @@ class UNet(Net):
         blocks: residual blocks a resolution on the way down.
         attention_at: heights of feature maps where every block is followed by attention, such as (16, 8).
         head_width: channels of an attention head; None for one head.
+        heads: attention heads everywhere, in place of head_width.
+        style: "adm", "ddpm++", "ncsn++" or "ldm"; what they are: `unet_blocks.Style`.
+        context: width of a text's embeddings, for attention to it beside self-attention; y is a `Text` then.
+        learn_sigma: predict twice the channels (a variance): the call returns the first half, `project` both.
         num_classes, null_class, remat, dtype, param_dtype, time_scale, attention, rngs: as for DiT. Remat
             wraps each block; "dots" keeps no convolution, so it is near "full" here.
 
@@ -125,6 +77,10 @@ class UNet(Net):
         blocks: int,
         attention_at: Sequence[int] = (),
         head_width: int | None = 64,
+        heads: int | None = None,
+        style: str = "adm",
+        context: int | None = None,
+        learn_sigma: bool = False,
         num_classes: int = 0,
         null_class: bool = True,
         remat: str = "none",
@@ -144,6 +100,10 @@ class UNet(Net):
             blocks=blocks,
             attention_at=tuple(attention_at),
             head_width=head_width,
+            heads=heads,
+            style=style,
+            context=context,
+            learn_sigma=learn_sigma,
             num_classes=num_classes,
             null_class=null_class,
             remat=remat,
@@ -165,26 +125,39 @@ class UNet(Net):
         sizes = [image_size // 2**level for level in range(len(multipliers))]
         if missing := [s for s in attention_at if s not in sizes]:
             raise ValueError(f"UNet: attention_at {missing} is no resolution of this net; it has {sizes}")
-        self.remat, self.dtype = remat, dtype
+        if style not in STYLES or (context and num_classes):
+            known = ", ".join(STYLES)
+            raise ValueError(f"UNet: {style=}, {context=}, {num_classes=}; styles: {known}; a text or labels, not both")
+        self.remat, self.dtype, self.style, self.context = remat, dtype, STYLES[style], context
         options: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
 
-        def block(c: int, out: int, level: int, attend: bool = False, **kind: Any) -> Block:
-            if attend and out % (head_width or out):
-                raise ValueError(
-                    f"UNet: head_width {head_width} does not divide the {out} channels at size {sizes[level]}"
-                )
-            heads = out // (head_width or out) if attend else 0
-            return Block(c, out, 4 * width, level=level, heads=heads, attention=attention, **kind, **options)
+        kind = self.style
+
+        def block(c: int, out: int, level: int, attend: bool = False, **how: Any) -> Block:
+            count = (heads or out // (head_width or out)) if attend else 0
+            if attend and (not count or out % count or (not heads and out % (head_width or out))):
+                what = f"heads {heads}" if heads else f"head_width {head_width}"
+                raise ValueError(f"UNet: {what} does not divide the {out} channels at size {sizes[level]}")
+            told: dict[str, Any] = {"context": context, "style": kind, "attention": attention}
+            return Block(c, out, 4 * width, level=level, heads=count, **told, **how, **options)
+
+        def between(c: int, level: int, to: Any) -> Block | Resample:
+            if kind.resample == "conv":
+                return Resample(c, to=to, level=level, **options)
+            return block(c, c, level, to=to)
 
         widths = [width * m for m in multipliers]
-        c, last = widths[0], len(widths) - 1
+        c, last = width if kind.narrow else widths[0], len(widths) - 1
         self.conditioning = Conditioning(
-            width,
+            width * (1 + kind.fourier),
             4 * width,
             num_classes,
             null_class,
             time_scale=time_scale,
             label_std=1.0,
+            endpoint=kind.endpoint,
+            fourier=kind.fourier,
+            labels_first=kind.labels_first,
             param_dtype=param_dtype,
             rngs=rngs,
         )
@@ -192,21 +165,25 @@ class UNet(Net):
         down, middle, up, skips = [], [], [], [c]
         for level, out in enumerate(widths):
             if level:
-                down.append(block(c, c, level, to="down"))
+                down.append(between(c, level, "down"))
                 skips.append(c)
             for _ in range(blocks):
                 down.append(block(c, out, level, sizes[level] in attention_at))
                 skips.append(c := out)
         middle = [block(c, c, last, True), block(c, c, last)]
         for level, out in reversed(list(enumerate(widths))):
-            for _ in range(blocks + 1):
-                up.append(block(c + skips.pop(), out, level, sizes[level] in attention_at))
+            for i in range(blocks + 1):
+                attend = sizes[level] in attention_at and (i == blocks or not kind.attend_last)
+                up.append(block(c + skips.pop(), out, level, attend))
                 c = out
             if level:
-                up.append(block(c, c, level - 1, to="up"))
+                up.append(between(c, level - 1, "up"))
         self.down, self.middle, self.up = nnx.List(down), nnx.List(middle), nnx.List(up)
-        self.norm = GroupNorm(c, param_dtype)
-        self.conv_out = Conv(c, channels, (3, 3), kernel_init=zeros, **options)
+        conv = lambda a, b: Conv(a, b, (3, 3), padding=2, kernel_init=xavier, **options)
+        pairs = _pyramid(channels, widths) if kind.pyramid else []
+        self.pyramid = nnx.List([conv(a, b) for a, b in pairs]) if pairs else None
+        self.norm = GroupNorm(c, param_dtype, kind.epsilon)
+        self.conv_out = Conv(c, channels * (1 + learn_sigma), (3, 3), kernel_init=zeros, **options)
 
     @property
     def num_blocks(self) -> int:
@@ -214,45 +191,43 @@ class UNet(Net):
 
     @property
     def attention_heads(self) -> tuple[int, ...]:
-        attentions = [block.attention for block in (*self.down, *self.middle, *self.up)]
-        return tuple(a.heads for a in attentions if a is not None)
+        return tuple(block.heads for block in (*self.down, *self.middle, *self.up) if block.heads)
 
-    def embed(
-        self, x: Float[Array, "b height width c"], t: ArrayLike, y: ArrayLike | None = None
-    ) -> tuple[tuple[Array, tuple[Array, ...]], tuple[Array, ...]]:
-        """The state before the first block, (features, skips), and the conditioning of each resolution.
-
-        skips: feature maps of the way down that the way up has not taken yet, the last one on top.
-        """
+    def embed(self, x: Float[Array, "b height width c"], t: ArrayLike, y: Any = None) -> tuple[State, Told]:
+        """The state before the first block, and what the blocks are told."""
         self._check_sample(x)
-        y = self._labels(x, y)
-        levels = self.down[-1].level + 1
+        text: Text | None = self._text(x, y, self.context) if self.context else None
+        label = None if text is not None else self._labels(x, y)
         h = self.conv_in(x.astype(self.dtype))
-        return (h, (h,)), tuple(self.conditioning(pool_time(t, x.shape, 2**level), y) for level in range(levels))
+        times = [pool_time(t, x.shape, 2**level) for level in range(self.down[-1].level + 1)]
+        levels = tuple(self.conditioning(time, label) for time in times)
+        image = x.astype(self.dtype) if self.pyramid is not None else None
+        return State(h, (h,), image), Told(levels, None if text is None else text.tokens.astype(self.dtype))
 
     def run(
         self,
-        state: tuple[Array, tuple[Array, ...]],
-        c: tuple[Array, ...],
+        state: State,
+        c: Told,
         start: int = 0,
         stop: int | None = None,
         *,
         blocks: ArrayLike | None = None,
         perturb: ArrayLike | None = None,
-    ) -> tuple[Array, tuple[Array, ...]]:
+    ) -> State:
         """The state after blocks start .. stop - 1 of those down, in the middle and up.
 
-        blocks: 0 where only the shortcut of a block passes; perturb: over the attention layers in their order.
+        blocks: 0 where only the shortcut of a block passes (a convolution that resamples always runs); perturb: over
+        the attention layers in their order.
         """
-        h, skips = state
+        h, skips, image = state
         start, stop = self._span(start, stop)
         mask = None if blocks is None else self._mask(blocks)
         us = None if perturb is None else self._perturbation(perturb, len(h))
-        whole = rematerialise(lambda block, h, u: block(h, c[block.level], u), self.remat, scanned=False)
+        whole = rematerialise(lambda block, h, u: block(h, c.levels[block.level], u, c.text), self.remat, scanned=False)
         attentions = 0
         for i, block in enumerate((*self.down, *self.middle, *self.up)):
-            u = None if us is None or block.attention is None else us[attentions]
-            attentions += block.attention is not None
+            u = us[attentions] if us is not None and block.heads else None
+            attentions += bool(block.heads)
             if not start <= i < stop:
                 continue
             if i >= len(self.down) + len(self.middle) and block.to != "up":
@@ -260,13 +235,20 @@ class UNet(Net):
             if mask is None:
                 h = whole(block, h, u)
             else:
-                h = jax.lax.cond(
-                    mask[i], lambda h, block=block, u=u: whole(block, h, u), lambda h, block=block: block.shortcut(h), h
-                )
+                some = lambda h, block=block, u=u: whole(block, h, u)
+                h = jax.lax.cond(mask[i], some, block.shortcut, h)
+            if block.to == "down" and self.pyramid is not None and image is not None:
+                image = resample(self.pyramid[block.level - 1](image), "down", fir=True, border=0)
+                h = image = (h + image) * 0.5**0.5
             if i < len(self.down):
                 skips = (*skips, h)
-        return h, skips
+        return State(h, skips, image)
 
-    def project(self, state: tuple[Array, tuple[Array, ...]], c: tuple[Array, ...]) -> Float[Array, "b height width c"]:
-        """Features after the last block to images, in `dtype`."""
-        return self.conv_out(jax.nn.silu(self.norm(state[0])))
+    def project(self, state: State, c: Told) -> Float[Array, "b height width c2"]:
+        """Features after the last block to images, in `dtype`; c2 = 2 c channels where learn_sigma is set."""
+        return self.conv_out(jax.nn.silu(self.norm(state.h)))
+
+
+def _pyramid(channels: int, widths: Sequence[int]) -> list[tuple[int, int]]:
+    """Channels in and out of the convolutions between resolutions: the image's, then of the features before them."""
+    return list(zip([channels, *widths], widths[:-1], strict=False))

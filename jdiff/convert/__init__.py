@@ -1,0 +1,117 @@
+"""Weights of published nets to ours and back: `jdiff convert`.
+
+    net, left = convert.load("DiT-XL-2-256x256.pt", "dit", net)        # net: one of ours, of any parameters
+    convert.save(net, "dit", "back.safetensors")                       # under their names again
+
+Nothing in a file is executed (`torch_file`); which array goes where is a table (`layouts`).
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from .layouts import LAYOUTS as LAYOUTS
+from .layouts import Layout, Move
+from .torch_file import WeightsError as WeightsError
+from .torch_file import read as read
+
+__all__ = ["LAYOUTS", "WeightsError", "load", "read", "save", "to_ours", "to_theirs"]
+
+N = TypeVar("N", bound=nnx.Module)
+
+
+def load(path: str | Path, layout: str, net: N) -> tuple[N, tuple[str, ...]]:
+    """(net with the parameters of the file, names in it that the layout leaves aside).
+
+    net may be abstract (`nnx.eval_shape`). WeightsError for a file that `read` refuses, or whose entries do not fit.
+    """
+    try:
+        return to_ours(read(path), layout, net)
+    except WeightsError as error:
+        text = str(error)
+        raise WeightsError(text if text.startswith(str(path)) else f"{path}: {text}") from None
+
+
+def to_ours(arrays: Mapping[str, np.ndarray], layout: str, net: N) -> tuple[N, tuple[str, ...]]:
+    """`load` of arrays under their names. WeightsError lists missing, extra and misshapen entries, the first ten."""
+    form = _layout(layout, net)
+    moves = list(form.rows(net))
+    names = [name for move in moves for name in move.theirs]
+    prefix = max(form.prefixes, key=lambda p: sum(f"{p}{name}" in arrays for name in names))
+    inside = {name.removeprefix(prefix): a for name, a in arrays.items() if name.startswith(prefix)}
+    spare = [name for name in inside if name not in set(names)]
+    left = [name for name in spare if re.fullmatch(form.ignored, name)]
+    problems = [("missing", name) for name in names if name not in inside]
+    extra = [("not of this net", name) for name in spare if name not in left]
+    flat: dict[str, Any] = {"/".join(map(str, p)): v for p, v in nnx.to_flat_state(nnx.state(net))}
+    found: dict[str, Any] = {}
+    for move in moves:
+        if any(name not in inside for name in move.theirs):
+            continue
+        shape = flat[move.ours].shape
+        want = shape if move.slice is None else shape[1:]
+        given = [np.asarray(inside[name], np.float32) for name in move.theirs]
+        try:
+            array = move.here(given)
+        except ValueError as error:
+            problems.append((f"shape {[a.shape for a in given]} cannot be {want}: {error}", move.theirs[0]))
+            continue
+        if array.shape != want:
+            shown = ", ".join(str(a.shape) for a in given)
+            problems.append((f"shape {shown}, as ours {array.shape}; expected {want}", " and ".join(move.theirs)))
+        elif move.slice is None:
+            found[move.ours] = array
+        else:
+            found.setdefault(move.ours, np.zeros(shape, np.float32))[move.slice] = array
+    if problems or extra:
+        raise WeightsError(_report(layout, net, [*problems, *extra], len(names)))
+    if unset := [path for path in flat if path not in found]:
+        raise WeightsError(f"layout {layout} says nothing of {', '.join(unset[:10])}: the net has options that it lacks")
+    state = nnx.from_flat_state(
+        [(p, v.replace(jnp.asarray(found["/".join(map(str, p))], v.dtype))) for p, v in nnx.to_flat_state(nnx.state(net))]
+    )
+    others = [name for name in arrays if not name.startswith(prefix)]
+    return nnx.merge(nnx.graphdef(net), state), tuple([*left, *others])
+
+
+def to_theirs(net: nnx.Module, layout: str) -> dict[str, np.ndarray]:
+    """The net's parameters under the layout's names, without a prefix and without what the layout ignores."""
+    flat = {"/".join(map(str, p)): np.asarray(v[...]) for p, v in nnx.to_flat_state(nnx.state(net))}
+    found: dict[str, np.ndarray] = {}
+    for move in _layout(layout, net).rows(net):
+        ours = flat[move.ours] if move.slice is None else flat[move.ours][move.slice]
+        found |= dict(zip(move.theirs, move.there(ours), strict=True))
+    return found
+
+
+def save(net: nnx.Module, layout: str, path: str | Path) -> Path:
+    """Write `to_theirs` as safetensors."""
+    from safetensors.numpy import save_file
+
+    arrays = {name: np.ascontiguousarray(a) for name, a in to_theirs(net, layout).items()}
+    save_file(arrays, str(path))
+    return Path(path)
+
+
+def _layout(name: str, net: Any) -> Layout:
+    if name not in LAYOUTS:
+        raise ValueError(f"unknown layout {name!r}; known: {', '.join(LAYOUTS)}")
+    if not isinstance(net, LAYOUTS[name].nets):
+        fits = " or ".join(kind.__name__ for kind in LAYOUTS[name].nets)
+        raise ValueError(f"layout {name} is {LAYOUTS[name].doc}: it fits a {fits}, not a {type(net).__name__}")
+    return LAYOUTS[name]
+
+
+def _report(layout: str, net: Any, problems: Sequence[tuple[str, str]], total: int) -> str:
+    shown = "\n".join(f"  {name}: {what}" for what, name in problems[:10])
+    more = f"\n  and {len(problems) - 10} more" if len(problems) > 10 else ""
+    return (
+        f"{len(problems)} entries do not fit layout {layout} of {net.name}, which has {total}:\n{shown}{more}\n"
+        "Check --net and its options (num_classes, learn_sigma, null_class, ..)"
+    )

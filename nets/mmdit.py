@@ -1,0 +1,234 @@
+"""MM-DiT (Esser et al., 2403.03206): image and text as two streams with weights of their own, and one attention."""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import ArrayLike, DTypeLike
+from jaxtyping import Array, Float, PyTree
+
+from jdiff.mesh import BATCH, constrain
+
+from .conditioning import Conditioning, Text
+from .layers import Attention, Linear, SelfAttention, layer_norm, modulate, rematerialise, xavier, zeros
+from .net import Net
+from .patches import Size, patchify, per_axis, pool_time, positions, unpatchify
+
+
+class Stream(nnx.Module):
+    """One stream's half of a block: adaLN-Zero around the shared attention, and its own MLP.
+
+    last: the stream gives keys and values and is then dropped, as the text is in the last block.
+    """
+
+    def __init__(
+        self, width: int, heads: int, mlp_ratio: float, *, qk_norm: bool, last: bool = False,
+        dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs,
+    ):  # fmt: skip
+        options: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        hidden = int(width * mlp_ratio)
+        self.modulation = Linear(width, (2 if last else 6) * width, kernel_init=zeros, **options)
+        self.attention = SelfAttention(width, heads, qk_norm=qk_norm, **options)
+        if last:
+            del self.attention.out
+        self.mlp_in = None if last else Linear(width, hidden, kernel_init=xavier, **options)
+        self.mlp_out = None if last else Linear(hidden, width, kernel_init=xavier, **options)
+
+    def heads_of(self, x: Float[Array, "b n d"], c: Float[Array, "b 1 d"]) -> tuple[tuple[Array, ...], list[Array]]:
+        """Queries, keys and values of the stream, and what is left of its modulation."""
+        shift, scale, *rest = jnp.split(self.modulation(jax.nn.silu(c)), 2 if self.mlp_in is None else 6, axis=-1)
+        return self.attention.heads_of(modulate(layer_norm(x), shift, scale)), rest
+
+    def add(self, x: Float[Array, "b n d"], h: Float[Array, "b n d"], rest: list[Array]) -> Float[Array, "b n d"]:
+        """x with its part h of the attention's result and then its MLP added."""
+        if self.mlp_in is None or self.mlp_out is None:
+            return x
+        gate1, shift, scale, gate2 = rest
+        x = x + gate1 * self.attention.out(h)
+        hidden = jax.nn.gelu(self.mlp_in(modulate(layer_norm(x), shift, scale)), approximate=True)
+        return constrain(x + gate2 * self.mlp_out(constrain(hidden, BATCH, None, "tensor")), BATCH, None, None)
+
+
+class State(NamedTuple):
+    """The two streams' tokens."""
+
+    image: Float[Array, "b n d"]
+    text: Float[Array, "b m d"]
+
+
+class Block(nnx.Module):
+    """Both streams through one attention over all of their tokens."""
+
+    def __init__(
+        self, width: int, heads: int, mlp_ratio: float, *, attention: Attention | None, last: bool, **kind: Any
+    ):
+        self.image = Stream(width, heads, mlp_ratio, **kind)
+        self.text = Stream(width, heads, mlp_ratio, last=last, **kind)
+        self.attention = attention or self.image.attention.attention
+
+    def __call__(self, state: State, c: Float[Array, "b 1 d"], perturb: Array | None = None) -> State:
+        (q1, k1, v1), rest1 = self.image.heads_of(state.image, c)
+        (q2, k2, v2), rest2 = self.text.heads_of(state.text, c)
+        q, k, v = (jnp.concatenate(pair, axis=1) for pair in ((q1, q2), (k1, k2), (v1, v2)))
+        h = self.attention(q, k, v)
+        if perturb is not None:
+            u = perturb[:, None, : q.shape[2], None].astype(h.dtype)
+            h = (1 - u) * h + u * v
+        h = h.reshape(*h.shape[:2], -1)
+        n = state.image.shape[1]
+        return State(self.image.add(state.image, h[:, :n], rest1), self.text.add(state.text, h[:, n:], rest2))
+
+
+class MMDiT(Net):
+    """MM-DiT: patches and a text's embeddings as two streams; blocks scanned but for the last, which drops the text.
+
+    y is a `Text`: embeddings of any number and of width `context`, and one vector of width `pooled`, which is added to
+    the time. The time is one a sample. Positions are fixed (`patches.positions`).
+
+    Args:
+        image_size, channels, patch, width, depth, heads, mlp_ratio, remat, dtype, param_dtype, time_scale, attention,
+            rngs: as for DiT; depth counts the last block.
+        context, pooled: widths of the text's embeddings and of its vector.
+        qk_norm: see `SelfAttention`; each stream has its own (Stable Diffusion 3.5).
+
+    Raises:
+        ValueError: sizes that do not divide, or an unknown remat.
+    """
+
+    RULES = (
+        ("(attention/qkv|mlp_in)/kernel", ("fsdp", "tensor")),
+        ("(attention/out|mlp_out)/kernel", ("tensor", "fsdp")),
+        ("(attention/qkv|mlp_in)/bias", ("tensor",)),
+        ("out/kernel", ("fsdp", None)),
+        ("(patches|text_in|pooled_in|pooled_out|modulation|time_in|time_out)/kernel", (None, "fsdp")),
+    )
+
+    def __init__(
+        self,
+        image_size: Size,
+        channels: int,
+        *,
+        patch: Size,
+        width: int,
+        depth: int,
+        heads: int,
+        context: int,
+        pooled: int,
+        mlp_ratio: float = 4.0,
+        qk_norm: bool = False,
+        remat: str = "none",
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
+        time_scale: float = 1000.0,
+        attention: Attention | None = None,
+        rngs: nnx.Rngs,
+    ):
+        dtype, param_dtype = jnp.dtype(dtype), jnp.dtype(param_dtype)
+        self._record(
+            "MMDiT",
+            image_size=image_size,
+            channels=channels,
+            patch=patch,
+            width=width,
+            depth=depth,
+            heads=heads,
+            context=context,
+            pooled=pooled,
+            mlp_ratio=mlp_ratio,
+            qk_norm=qk_norm,
+            remat=remat,
+            dtype=dtype.name,
+            param_dtype=param_dtype.name,
+            time_scale=time_scale,
+        )
+        axes = len(self.size)
+        self.patch = patch if isinstance(patch, int) else tuple(patch)
+        patches = per_axis(patch, axes)
+        if min(*patches, width, depth, heads, context, pooled) < 1 or depth < 2:
+            raise ValueError(
+                f"MMDiT: {patch=}, {width=}, {depth=}, {heads=}, {context=}, {pooled=}; expected positive integers and "
+                "a depth of 2 or more"
+            )
+        if len(patches) != axes or any(n % p for n, p in zip(self.size, patches, strict=False)):
+            raise ValueError(f"MMDiT: patch {patch} does not divide image_size {image_size}")
+        if width % heads or width % (2 * axes):
+            raise ValueError(f"MMDiT: width {width} must be divisible by heads {heads} and by {2 * axes} (positions)")
+        options: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
+        self.grid = tuple(n // p for n, p in zip(self.size, patches, strict=True))
+        self.width, self.depth, self.heads, self.dtype, self.remat = width, depth, heads, dtype, remat
+        self.context, self.pooled = context, pooled
+        linear = lambda a, b, **how: Linear(a, b, **{"kernel_init": xavier, **options, **how}, rngs=rngs)
+        self.conditioning = Conditioning(
+            256, width, 0, False, time_scale=time_scale, time_init=nnx.initializers.normal(0.02), label_std=0.02,
+            param_dtype=param_dtype, rngs=rngs,
+        )  # fmt: skip
+        self.pooled_in = linear(pooled, width, dtype=jnp.float32)
+        self.pooled_out = linear(width, width, dtype=jnp.float32)
+        self.patches = linear(math.prod(patches) * channels, width)
+        self.text_in = linear(context, width)
+        kind: dict[str, Any] = {"attention": attention, "qk_norm": qk_norm, **options}
+        block = lambda key: Block(width, heads, mlp_ratio, last=False, **kind, rngs=nnx.Rngs(key))
+        self.blocks = jax.vmap(block)(jax.random.split(rngs.params(), depth - 1))
+        self.last = Block(width, heads, mlp_ratio, last=True, **kind, rngs=rngs)
+        self.modulation = linear(width, 2 * width, kernel_init=zeros)
+        self.out = linear(width, math.prod(patches) * channels, kernel_init=zeros)
+
+    @property
+    def num_blocks(self) -> int:
+        return self.depth
+
+    @property
+    def attention_heads(self) -> tuple[int, ...]:
+        return (self.heads,) * self.depth
+
+    def embed(self, x: Float[Array, "b *size c"], t: ArrayLike, y: Any = None) -> tuple[State, Float[Array, "b 1 d"]]:
+        """The two streams before the first block, and float32 conditioning a sample."""
+        self._check_sample(x)
+        text: Text = self._text(x, y, self.context, self.pooled)
+        time = pool_time(t, x.shape, self.patch)
+        if time.size != len(time):
+            raise ValueError(f"MMDiT takes a time a sample, not one of shape {time.shape}")
+        assert text.pooled is not None  # _text has seen to it
+        vector = self.pooled_out(jax.nn.silu(self.pooled_in(text.pooled.astype(jnp.float32))))
+        c = self.conditioning(time.reshape(-1, 1), None) + vector[:, None]
+        h = self.patches(patchify(x.astype(self.dtype), self.patch))
+        h = h + jnp.asarray(positions(self.grid, self.width), self.dtype)
+        return State(constrain(h, BATCH, None, None), self.text_in(text.tokens.astype(self.dtype))), c
+
+    def run(
+        self,
+        state: State,
+        c: Float[Array, "b 1 d"],
+        start: int = 0,
+        stop: int | None = None,
+        *,
+        blocks: ArrayLike | None = None,
+        perturb: ArrayLike | None = None,
+    ) -> State:
+        """Both streams after blocks start .. stop - 1; the last one leaves the text as it is. The rest: as for DiT."""
+        start, stop = self._span(start, stop)
+        each: dict[str, Any] = {}
+        if blocks is not None:
+            each["keep"] = self._mask(blocks)
+        if perturb is not None:
+            each["perturb"] = self._perturbation(perturb, len(state.image))
+
+        def step(state: State, layer: dict[str, PyTree]) -> tuple[State, None]:
+            some = lambda state: layer["block"](state, c, layer.get("perturb"))
+            return (jax.lax.cond(layer["keep"], some, lambda s: s, state) if "keep" in layer else some(state)), None
+
+        step = rematerialise(step, self.remat, scanned=True)
+        end = min(stop, self.depth - 1)
+        if start < end:
+            layers = jax.tree.map(lambda a: a[start:end], {"block": self.blocks, **each})
+            state, _ = jax.lax.scan(step, state, layers)
+        if start < self.depth == stop:
+            state, _ = step(state, {"block": self.last, **{k: v[-1] for k, v in each.items()}})
+        return state
+
+    def project(self, state: State, c: Float[Array, "b 1 d"]) -> Float[Array, "b *size c"]:
+        """Image tokens after the last block to samples, in `dtype`."""
+        shift, scale = jnp.split(self.modulation(jax.nn.silu(c)), 2, axis=-1)
+        return unpatchify(self.out(modulate(layer_norm(state.image), shift, scale)), self.patch, self.grid)

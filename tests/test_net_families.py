@@ -1,0 +1,213 @@
+"""U-ViT, MM-DiT, the U-Nets' styles and the autoencoders: published sizes, parts, masks, and what is refused."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jdiff import mesh, nets
+from jdiff.nets import unet_blocks
+from jdiff.nets.macs import macs
+
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+T = jnp.asarray([0.1, 0.7], jnp.float32)
+SMALL = {
+    "UViT": {"patch": 2, "width": 16, "depth": 4, "heads": 2, "num_classes": 5},
+    "MMDiT": {"patch": 2, "width": 16, "depth": 3, "heads": 2, "context": 6, "pooled": 4, "qk_norm": True},
+    "ncsn++": {"width": 4, "multipliers": (1, 2), "blocks": 1, "attention_at": (4,), "head_width": None},
+    "ldm": {"width": 4, "multipliers": (1, 2), "blocks": 1, "attention_at": (8,), "heads": 2, "context": 6},
+}
+
+
+def abstract(name, size, channels, **options):
+    return nnx.eval_shape(lambda: nets.build(name, size, channels, rngs=nnx.Rngs(0), **options))
+
+
+def filled(module, seed=1, scale=0.2):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda p: jnp.asarray(rng.normal(0, scale, p.shape), p.dtype), module)
+
+
+@functools.cache
+def make(name, **options):
+    style = {} if name in nets.PRESETS else {"style": name}
+    return filled(abstract(name if not style else "UNet", 8, 3, **{**SMALL.get(name, {}), **style, **options}))
+
+
+def sample(*shape, seed=3):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def told(net):
+    """What this net is told beside the time."""
+    if getattr(net, "context", None):
+        return nets.Text(sample(2, 7, 6), sample(2, 4, seed=4))
+    return jnp.asarray([1, 4]) if net.num_classes else None
+
+
+def close(a, b, limit=1e-5):
+    np.testing.assert_allclose(a, b, rtol=limit, atol=limit * float(np.abs(b).max()))
+
+
+def count(module):
+    return sum(leaf.size for leaf in jax.tree.leaves(module))
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "channels", "classes", "parameters"),
+    [
+        ("UViT-S/2", 32, 3, 0, 44e6),  # 2209.12152, table 1
+        ("UViT-M/4", 64, 3, 1000, 131e6),
+        ("UViT-L/2", 32, 4, 1000, 287e6),
+        ("UViT-H/2", 32, 4, 1000, 501e6),
+        ("MMDiT-SD3", 128, 16, None, 2_028_328_000),  # the rest: parameters of the public PyTorch modules
+        ("UNet-DDPM++", 32, 3, None, 55_732_739),
+        ("UNet-NCSN++", 32, 3, None, 56_395_523 + 128),  # and its frequencies, which are a buffer there
+        ("UNet-LDM", 64, 4, None, 859_520_964),
+        ("AutoencoderKL", 256, 3, None, 83_653_863),
+        ("VQAutoencoder", 256, 3, None, 55_322_782),
+    ],
+)
+def test_sizes_are_the_published_ones(name, size, channels, classes, parameters):
+    found = count(abstract(name, size, channels, **({} if classes is None else {"num_classes": classes})))
+    assert found == parameters if parameters % 1e6 else round(found / 1e6) == parameters / 1e6
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_parts_masks_and_meshes(name):
+    """Blocks in parts are the whole; ones skip nothing; a mask skips; every large parameter has a rule."""
+    net, x = make(name), sample(2, 8, 8, 3)
+    y, n = told(net), net.num_blocks
+
+    @jit
+    def run(net, x, mask):
+        state, c = net.embed(x, T, y)
+        first = net.run(state, c, 0, 2)
+        parts = net.project(net.run(net.run(first, c, 2, n - 1), c, n - 1), c)
+        return net(x, T, y), parts, net(x, T, y, blocks=mask)
+
+    whole, parts, masked = run(net, x, np.ones(n, np.float32))
+    close(parts, whole)
+    close(masked, whole)
+    assert np.isfinite(whole).all() and whole.shape == x.shape and np.abs(whole).max() > 0.05
+    assert np.abs(run(net, x, (np.arange(n) != 0).astype(np.float32))[2] - whole).max() > 1e-3
+    devices = mesh.make("fsdp=2", jax.devices()[:2])
+    placed = mesh.shardings(devices, net, nnx.to_pure_dict(nnx.state(net)))
+    for (path, place), leaf in zip(
+        jax.tree_util.tree_leaves_with_path(placed), jax.tree.leaves(nnx.state(net)), strict=True
+    ):
+        small = "kernel" not in str(path) or leaf.size <= 128 or ("conv_in" in str(path) and leaf.shape[-1] < 8)
+        assert small or any(axis is not None for axis in place.spec), (path, leaf.shape)
+
+
+@pytest.mark.parametrize("name", ["UViT", "MMDiT"])
+def test_macs_of_a_scanned_net(name):
+    """Products counted by hand: n tokens of width d, 12 n d^2 + 2 n^2 d a block and stream, and what is around them."""
+    net, n, d = make(name), 16, 16
+    m = 2 if name == "UViT" else 77
+    own = lambda k: 12 * k * d * d  # attention's four and the MLP's eight products of d x d
+    if name == "UViT":
+        tokens = n + m
+        blocks = 5 * (own(tokens) + 2 * tokens**2 * d) + 2 * tokens * 2 * d * d
+        around = n * 12 * d * 2 + 64 * 9 * 3 * 3
+    else:
+        tokens = n + m
+        blocks = 2 * (own(n) + own(m) + 12 * d * d) + own(n) + 3 * m * d * d + (6 + 2) * d * d + 3 * 2 * tokens**2 * d
+        around = n * 12 * d * 2 + 6 * m * d + 256 * d + d * d + 4 * d + d * d + 2 * d * d
+    assert macs(net) == blocks + around
+
+
+def test_text_reaches_every_net_that_takes_one():
+    for name in ("MMDiT", "ldm"):
+        net, x, y = make(name), sample(2, 8, 8, 3), told(make(name))
+        other = y._replace(tokens=y.tokens.at[1, 6].add(1.0))
+        a, b = jit(lambda net, x, y, z: (net(x, T, y), net(x, T, z)))(net, x, y, other)
+        assert np.abs(a[1] - b[1]).max() > 1e-4
+        np.testing.assert_allclose(a[0], b[0], rtol=1e-5, atol=1e-5)
+        for wrong, message in (
+            (None, r"is told a text: y is NoneType; expected Text\(tokens \(2, any, 6\)"),
+            (nets.Text(y.tokens[..., :5], y.pooled), r"tokens \(2, 7, 5\)"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                net(x, T, wrong)
+    with pytest.raises(ValueError, match=r"pooled None; expected .* pooled \(2, 4\)"):
+        make("MMDiT")(sample(2, 8, 8, 3), T, nets.Text(sample(2, 7, 6)))
+
+
+def test_fir_resampling():
+    """A constant stays one inside; down is the filter's correlation; up then down is a symmetric smoothing."""
+    x = sample(1, 8, 8, 2)
+    line = np.asarray([1, 3, 3, 1]) / 8
+    padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    want = np.zeros((1, 4, 4, 2))
+    for i, j in np.ndindex(4, 4):
+        want[:, i, j] = np.einsum("a,b,nabc->nc", line, line, padded[:, 2 * i : 2 * i + 4, 2 * j : 2 * j + 4])
+    close(unet_blocks.resample(x, "down", True), want)
+    up = np.asarray(unet_blocks.resample(jnp.ones((1, 4, 4, 1), jnp.float32), "up", True))
+    np.testing.assert_allclose(up[0, 1:-1, 1:-1, 0], 1.0, rtol=1e-6)
+    np.testing.assert_allclose(up[0, 0, 1:-1, 0], 0.75, rtol=1e-6)  # zeros stand outside
+
+
+# --- autoencoders
+@functools.cache
+def coder(name, **options):
+    small = {"width": 4, "multipliers": (1, 2), "blocks": 1, "attention_at": (4,)}
+    return filled(abstract(name, 8, 3, latent_channels=2, **small, **options))
+
+
+def test_kl_autoencoder():
+    net, x = coder("AutoencoderKL"), sample(2, 8, 12, 3)
+    q, back, z = jit(lambda net, x: (q := net.encode(x), net.decode(q.mean), q.sample(jax.random.key(0))))(net, x)
+    assert q.mean.shape == z.shape == (2, 4, 6, 2) and back.shape == x.shape
+    one = type(q)(jnp.full((1, 1, 1, 1), 2.0, jnp.float32), jnp.full((1, 1, 1, 1), np.log(0.25), jnp.float32))
+    np.testing.assert_allclose(one.kl(), 0.5 * (0.25 + 4 - 1 - np.log(0.25)), rtol=1e-6)
+    drawn = type(q)(*(jnp.broadcast_to(v, (1, 400, 400, 1)) for v in one)).sample(jax.random.key(1))
+    np.testing.assert_allclose([drawn.mean(), drawn.std()], [2.0, 0.5], atol=4 * 0.5 / 400)
+    with pytest.raises(ValueError, match=r"height and width 2 divides; it was given \(2, 7, 8, 3\)"):
+        net.encode(x[:, :7, :8])
+    with pytest.raises(ValueError, match=r"attention_at \[5\] is no resolution"):
+        abstract("AutoencoderKL", 8, 3, attention_at=(5,), multipliers=(1, 2))
+    assert nnx.eval_shape(lambda: nets.build(**net.config, rngs=nnx.Rngs(0))).config == net.config
+
+
+def test_vector_quantisation():
+    """The nearest code by brute force; the encoder's gradient passes through, the codes' comes from the loss."""
+    net, z = coder("VQAutoencoder", codes=7), sample(2, 3, 3, 2)
+
+    def value(net, z):
+        q = net.quantise(z)
+        return (jnp.arange(36, dtype=jnp.float32).reshape(q.z.shape) * q.z).sum(), (q, q.loss)
+
+    (_, (q, loss)), (by_net, by_z) = jit(jax.value_and_grad(value, (0, 1), has_aux=True))(net, z)
+    book = np.asarray(net.codebook[...])
+    nearest = np.square(np.asarray(z)[..., None, :] - book).sum(-1).argmin(-1)
+    np.testing.assert_array_equal(q.codes, nearest)
+    close(q.z, book[nearest])
+    np.testing.assert_allclose(by_z.ravel(), np.arange(36.0), rtol=1e-6)
+    assert not np.any(by_net.codebook[...])
+    np.testing.assert_allclose(loss, 1.25 * np.square(np.asarray(z) - book[nearest]).mean(), rtol=1e-5)
+    moved, pulled = jit(jax.grad(lambda net, z: net.quantise(z).loss, (0, 1)))(net, z)
+    close(pulled, 0.25 * 2 * (np.asarray(z) - book[nearest]) / z.size)
+    want = np.zeros_like(book)
+    np.add.at(want, nearest, 2 * (book[nearest] - np.asarray(z)) / z.size)
+    close(moved.codebook[...], want)
+
+
+@pytest.mark.parametrize(
+    ("make_it", "message"),
+    [
+        (lambda: abstract("UViT", 8, 3, **{**SMALL["UViT"], "depth": 3}), "depth is 3; expected an even number"),
+        (lambda: abstract("UViT", 8, 3, **{**SMALL["UViT"], "patch": 3}), "patch=3 must divide image_size=8"),
+        (lambda: abstract("UViT", 8, 3, **SMALL["UViT"], context=4), "a text or labels, not both"),
+        (lambda: abstract("MMDiT", 8, 3, **{**SMALL["MMDiT"], "depth": 1}), "a depth of 2 or more"),
+        (lambda: abstract("MMDiT", 8, 3, **{**SMALL["MMDiT"], "heads": 3}), "divisible by heads 3"),
+        (lambda: abstract("UNet", 8, 3, **SMALL["ldm"], style="song"), "styles: adm, ddpm"),
+        (lambda: make("UViT")(sample(2, 8, 8, 3), jnp.ones((2, 8, 8, 1), jnp.float32)), "a time a sample"),
+    ],
+)
+def test_what_is_refused(make_it, message):
+    with pytest.raises(ValueError, match=message):
+        make_it()
