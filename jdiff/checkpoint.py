@@ -296,6 +296,16 @@ def export_safetensors(
     os.replace(temporary, file)
 
 
+def write_net(net: Any, file: str | os.PathLike, **notes: Any) -> None:
+    """Write a net that no run of jdiff trained to one .safetensors file, for `load_params`; notes: into its header."""
+    from flax import nnx
+    from safetensors.flax import save_file
+
+    params = nnx.to_pure_dict(nnx.state(net))
+    meta = {"format": 1, "net": dict(net.config), "step": 0, "average": None, "ema": [], **notes}
+    save_file(dict(zip(_names(params), jax.tree.leaves(params), strict=True)), str(file), {"jdiff": json.dumps(meta)})
+
+
 def _import_safetensors(path: Path, ema: float | None, step: int | None) -> tuple[Any, PyTree, dict[str, Any]]:
     from safetensors import SafetensorError, safe_open
 

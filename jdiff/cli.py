@@ -15,6 +15,7 @@ HELP = """\
   statistics RUN    measure what DPM-Solver-v3 wants to know of a model; a file for `sample`
   plan              compile a run for a TPU pod that is not there: memory, FLOPs, collectives, a model of its speed
   fit-solver RUN    fit a solver to a model and a number of network evaluations; writes a .safetensors file
+  convert FILE      weights of published nets (DiT, SiT, EDM, ADM, Stable Diffusion, diffusers) to ours, and back
   reproduce NAME    compute a paper's table again, with a plot and sample grids
   list [GROUP]      what there is: processes, time grids, solvers, nets, experiments; `list solvers` says more of them
 
@@ -322,6 +323,12 @@ def _plan(args: Sequence[str]) -> None:
     run(tyro.cli(PlanOptions, args=args, prog="jdiff plan"))
 
 
+def _convert(args: Sequence[str]) -> None:
+    from jdiff.convert.command import run
+
+    run(args)
+
+
 def _reproduce(args: Sequence[str]) -> None:
     from jdiff import reproduce as tables
 
@@ -340,6 +347,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "statistics": _with_run("statistics", StatisticsConfig, statistics),
     "plan": _plan,
     "fit-solver": _fit_solver,
+    "convert": _convert,
     "reproduce": _reproduce,
     "list": lambda args: listing(*args[:1]),
 }

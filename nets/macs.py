@@ -23,7 +23,7 @@ def macs(net: Net, blocks: Sequence[Any] | np.ndarray | None = None) -> int:
     image = jax.ShapeDtypeStruct((1, *net.shape), jnp.float32)
     label: Any = jax.ShapeDtypeStruct((1,), jnp.int32) if net.num_classes else None
     if context := getattr(net, "context", None):
-        given = lambda *shape: jax.ShapeDtypeStruct((1, *shape), jnp.float32)
+        given: Any = lambda *shape: jax.ShapeDtypeStruct((1, *shape), jnp.float32)
         label = Text(given(getattr(net, "context_length", 77), context), given(getattr(net, "pooled", 1)))
     call = lambda net, x, y, mask: net(x, jnp.zeros((), jnp.float32), y, blocks=mask)
     traced = jax.make_jaxpr(call)(net, image, label, jax.ShapeDtypeStruct(keep.shape, jnp.float32))

@@ -60,10 +60,10 @@ class UNet(Net):
     # how parameters lie on a mesh: see `jdiff.mesh.shardings`
     RULES = (
         ("conv_out/kernel", (None, None, "fsdp", None)),
-        ("conv_in/kernel", (None, None, None, "fsdp")),
-        ("attention/qkv/kernel", ("fsdp", "tensor")),
-        ("attention/out/kernel", ("tensor", "fsdp")),
-        ("attention/qkv/bias", ("tensor",)),
+        (r"(conv_in|conv|pyramid/\d+)/kernel", (None, None, None, "fsdp")),
+        ("(attention/qkv|cross/q|cross/kv|mlp_in|proj_in)/kernel", ("fsdp", "tensor")),
+        ("(attention/out|cross/out|mlp_out|proj_out)/kernel", ("tensor", "fsdp")),
+        ("(attention/qkv|mlp_in)/bias", ("tensor",)),
         ("(modulation|skip|time_in|time_out)/kernel|labels", (None, "fsdp")),
     )
 

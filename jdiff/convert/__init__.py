@@ -11,13 +11,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from .layouts import LAYOUTS as LAYOUTS
-from .layouts import Layout, Move
+from .layouts import Layout
 from .torch_file import WeightsError as WeightsError
 from .torch_file import read as read
 
@@ -72,12 +71,11 @@ def to_ours(arrays: Mapping[str, np.ndarray], layout: str, net: N) -> tuple[N, t
     if problems or extra:
         raise WeightsError(_report(layout, net, [*problems, *extra], len(names)))
     if unset := [path for path in flat if path not in found]:
-        raise WeightsError(f"layout {layout} says nothing of {', '.join(unset[:10])}: the net has options that it lacks")
-    state = nnx.from_flat_state(
-        [(p, v.replace(jnp.asarray(found["/".join(map(str, p))], v.dtype))) for p, v in nnx.to_flat_state(nnx.state(net))]
-    )
+        raise WeightsError(f"layout {layout} says nothing of {', '.join(unset[:10])}, which this net has")
+    place = lambda path, v: v.replace(jnp.asarray(found["/".join(map(str, path))], v.dtype))
+    state = nnx.from_flat_state([(path, place(path, v)) for path, v in nnx.to_flat_state(nnx.state(net))])
     others = [name for name in arrays if not name.startswith(prefix)]
-    return nnx.merge(nnx.graphdef(net), state), tuple([*left, *others])
+    return nnx.merge(nnx.graphdef(net), state), (*left, *others)
 
 
 def to_theirs(net: nnx.Module, layout: str) -> dict[str, np.ndarray]:

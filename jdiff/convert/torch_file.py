@@ -117,6 +117,8 @@ def arrays(tree: Any, prefix: str = "") -> Iterator[tuple[str, np.ndarray]]:
 def _safetensors(path: Path) -> dict[str, np.ndarray]:
     data = path.read_bytes()
     (size,) = struct.unpack("<Q", data[:8])
+    if size > 2**27:
+        raise ValueError("it does not begin as safetensors do")
     if 8 + size > len(data):
         raise WeightsError("the header is cut off: the download did not finish")
     found = {}

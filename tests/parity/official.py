@@ -1,0 +1,299 @@
+"""Public PyTorch modules of small sizes, the nets of ours that are the same functions, and inputs for both.
+
+Those of diffusers come from its package. Official repositories are imported from the user's own clones: folders named
+DiT, SiT, edm, guided-diffusion, score_sde_pytorch and latent-diffusion under $JDIFF_OFFICIAL. Needs the extra `parity`.
+
+    python tests/parity/official.py       writes tests/golden/nets.npz, what the ordinary tests compare with
+"""
+
+import contextlib
+import importlib
+import os
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+SIZE = 8
+
+
+class Case(NamedTuple):
+    """module() -> the PyTorch module; call(module, x, t, y) -> its output; net: name and options of ours."""
+
+    layout: str
+    module: Callable[[], Any]
+    call: Callable[..., Any]
+    net: tuple[str, int, dict[str, Any]]
+    classes: int = 0
+    text: int = 0
+
+
+def weights(shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+    """The same numbers on both sides: drawn in the order of the names, of a size that keeps signals alive."""
+    rng = np.random.default_rng(0)
+
+    def draw(name: str, shape: tuple[int, ...]) -> np.ndarray:
+        w = rng.normal(size=shape) * (np.prod(shape[1:]) ** -0.5 if len(shape) > 1 else 0.2)
+        return (w + (len(shape) == 1 and name.endswith("weight"))).astype(np.float32)
+
+    return {name: draw(name, shapes[name]) for name in sorted(shapes)}
+
+
+def drawn(case: Case, shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+    """`weights` for this case: diffusers' DiT has one embedder, of which every block holds a copy."""
+    found = weights(shapes)
+    first = lambda name: name.replace("blocks.1.norm1.emb", "blocks.0.norm1.emb")
+    return {name: found[first(name)] for name in found} if case.layout == "diffusers-dit" else found
+
+
+def inputs(case: Case) -> tuple[np.ndarray, np.ndarray, Any]:
+    """Samples (2, 8, 8, c), times, and labels or a text."""
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=(2, SIZE, SIZE, case.net[1])).astype(np.float32)
+    t = np.asarray([0.3, 0.85], np.float32)
+    y = rng.integers(0, case.classes, 2) if case.classes else None
+    return x, t, rng.normal(size=(2, 5, case.text)).astype(np.float32) if case.text else y
+
+
+@contextlib.contextmanager
+def clone(folder: str, *forget: str) -> Any:
+    """Import from a clone; modules whose names begin with `forget` are dropped again, since clones share names."""
+    root = Path(os.environ.get("JDIFF_OFFICIAL", "")) / folder
+    if "JDIFF_OFFICIAL" not in os.environ or not root.exists():
+        raise FileNotFoundError(f"set JDIFF_OFFICIAL to the folder that holds a clone of {folder}")
+    sys.path.insert(0, str(root))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(root))
+        for name in [n for n in sys.modules if n.split(".")[0] in forget]:
+            del sys.modules[name]
+
+
+def transformer(folder: str, kind: str) -> Callable[[], Any]:
+    def build() -> Any:
+        with clone(folder, "models"):
+            make = getattr(importlib.import_module("models"), kind)
+            return make(
+                input_size=SIZE, patch_size=2, in_channels=3, hidden_size=32, depth=2, num_heads=4, num_classes=5
+            )
+
+    return build
+
+
+def edm(kind: str, **options: Any) -> Callable[[], Any]:
+    def build() -> Any:
+        with clone("edm", "training", "torch_utils", "dnnlib"):
+            make = getattr(importlib.import_module("training.networks"), kind)
+            return make(SIZE, 3, 3, label_dim=3, channel_mult=[1, 2], num_blocks=1, attn_resolutions=[4], **options)
+
+    return build
+
+
+def adm() -> Any:
+    with clone("guided-diffusion", "guided_diffusion"):
+        make = importlib.import_module("guided_diffusion.unet").UNetModel
+        return make(
+            SIZE, 3, 128, 6, 1, (2,), channel_mult=(1, 1), num_classes=5, num_heads=2, use_scale_shift_norm=True,
+            resblock_updown=True,
+        )  # fmt: skip
+
+
+def score_sde(**options: Any) -> Callable[[], Any]:
+    def build() -> Any:
+        import torch.utils.cpp_extension as extension
+
+        extension.load = lambda *_, **__: None  # CUDA kernels, for which it has plain PyTorch as well
+        with clone("score_sde_pytorch", "models", "op", "sde_lib", "utils"):
+            make = importlib.import_module("models.ncsnpp").NCSNpp
+            model = {
+                "sigma_max": 50.0,
+                "sigma_min": 0.01,
+                "num_scales": 10,
+                "dropout": 0.0,
+                "nf": 128,
+                "ch_mult": (1, 1),
+                "num_res_blocks": 1,
+                "attn_resolutions": (4,),
+                "resamp_with_conv": True,
+                "conditional": True,
+                "fir": False,
+                "fir_kernel": [1, 3, 3, 1],
+                "skip_rescale": True,
+                "resblock_type": "biggan",
+                "progressive": "none",
+                "progressive_input": "none",
+                "progressive_combine": "sum",
+                "embedding_type": "positional",
+                "fourier_scale": 16,
+                "init_scale": 0.0,
+                "nonlinearity": "swish",
+                "beta_min": 0.1,
+                "beta_max": 20.0,
+                "scale_by_sigma": False,
+            } | options
+            data = types.SimpleNamespace(image_size=SIZE, num_channels=3, centered=True)
+            training = types.SimpleNamespace(continuous=True)
+            return make(types.SimpleNamespace(model=types.SimpleNamespace(**model), data=data, training=training))
+
+    return build
+
+
+def ldm_unet() -> Any:
+    with clone("latent-diffusion", "ldm"):
+        make = importlib.import_module("ldm.modules.diffusionmodules.openaimodel").UNetModel
+        return make(
+            image_size=SIZE, in_channels=3, model_channels=128, out_channels=3, num_res_blocks=1, num_heads=2,
+            attention_resolutions=(1,), channel_mult=(1, 1), use_spatial_transformer=True, transformer_depth=1,
+            context_dim=6, legacy=False, use_checkpoint=False,
+        )  # fmt: skip
+
+
+def ldm_autoencoder() -> Any:
+    import torch
+
+    with clone("latent-diffusion", "ldm"):
+        model = importlib.import_module("ldm.modules.diffusionmodules.model")
+        kind = {
+            "ch": 128,
+            "out_ch": 3,
+            "ch_mult": (1, 1),
+            "num_res_blocks": 1,
+            "attn_resolutions": [4],
+            "in_channels": 3,
+            "resolution": SIZE,
+            "z_channels": 2,
+            "double_z": True,
+        }
+        parts = {"encoder": model.Encoder(**kind), "decoder": model.Decoder(**kind)}
+    parts |= {"quant_conv": torch.nn.Conv2d(4, 4, 1), "post_quant_conv": torch.nn.Conv2d(2, 2, 1)}
+    return torch.nn.ModuleDict(parts)
+
+
+def diffusers(kind: str, **options: Any) -> Callable[[], Any]:
+    return lambda: getattr(importlib.import_module("diffusers"), kind)(**options)
+
+
+def one_hot(y: Any) -> Any:
+    import torch
+
+    return torch.nn.functional.one_hot(y, 3).float()
+
+
+def through(encode: Any, decode: Any, x: Any) -> Any:
+    """The mean of the latent's law, and the image of it, side by side as one flat row."""
+    import torch
+
+    mean = encode(x)[:, :2]
+    return torch.cat([mean.permute(0, 2, 3, 1).flatten(1), decode(mean).permute(0, 2, 3, 1).flatten(1)], 1)
+
+
+TIME = {"time_scale": 1.0}
+TRANSFORMER = {"patch": 2, "width": 32, "depth": 2, "heads": 4, "num_classes": 5, "learn_sigma": True, **TIME}
+SMALL = {"multipliers": (1, 2), "blocks": 1, "attention_at": (4,), "num_classes": 3, "head_width": None, **TIME}
+WIDE = {"width": 128, "multipliers": (1, 1), "blocks": 1, "attention_at": (4,), "heads": 2, **TIME}
+LATENT = {"width": 128, "multipliers": (1, 1), "blocks": 1, "latent_channels": 2}
+TEXT = {**WIDE, "attention_at": (8,), "style": "ldm", "context": 6}
+SCORE = {**WIDE, "heads": None, "head_width": None}
+CROSS = ("CrossAttnDownBlock2D", "DownBlock2D"), ("UpBlock2D", "CrossAttnUpBlock2D")
+CASES = {
+    "DiT": Case("dit", transformer("DiT", "DiT"), lambda m, x, t, y: m(x, t, y), ("DiT", 3, TRANSFORMER), 5),
+    "SiT": Case("dit", transformer("SiT", "SiT"), lambda m, x, t, y: m(x, t, y), ("SiT", 3, TRANSFORMER), 5),
+    "DDPM++": Case(
+        "edm", edm("SongUNet", model_channels=32), lambda m, x, t, y: m(x, t, one_hot(y)),
+        ("UNet", 3, {**SMALL, "width": 32, "style": "ddpm++"}), 3,
+    ),
+    "NCSN++": Case(
+        "edm",
+        edm(
+            "SongUNet", model_channels=32, embedding_type="fourier", channel_mult_noise=2, encoder_type="residual",
+            resample_filter=[1, 3, 3, 1],
+        ),
+        lambda m, x, t, y: m(x, t, one_hot(y)), ("UNet", 3, {**SMALL, "width": 32, "style": "ncsn++"}), 3,
+    ),
+    "ADM (EDM)": Case(
+        "edm", edm("DhariwalUNet", model_channels=64), lambda m, x, t, y: m(x, t, one_hot(y)),
+        ("UNet", 3, {**SMALL, "width": 64, "head_width": 64}), 3,
+    ),
+    "ADM": Case(
+        "guided-diffusion", adm, lambda m, x, t, y: m(x, t, y),
+        ("UNet", 3, {**WIDE, "num_classes": 5, "null_class": False, "learn_sigma": True}), 5,
+    ),
+    "DDPM++ (score SDE)": Case(
+        "score-sde", score_sde(), lambda m, x, t, y: m(x, t), ("UNet", 3, {**SCORE, "style": "ddpm++"}),
+    ),
+    "NCSN++ (score SDE)": Case(
+        "score-sde", score_sde(fir=True, progressive_input="residual", embedding_type="fourier"),
+        lambda m, x, t, y: m(x, t.exp()), ("UNet", 3, {**SCORE, "style": "ncsn++"}),
+    ),
+    "LDM": Case("ldm", ldm_unet, lambda m, x, t, y: m(x, t, context=y), ("UNet", 3, TEXT), text=6),
+    "SD VAE": Case(
+        "sd-vae", ldm_autoencoder,
+        lambda m, x, t, y: through(
+            lambda x: m["quant_conv"](m["encoder"](x)), lambda z: m["decoder"](m["post_quant_conv"](z)), x
+        ),
+        ("AutoencoderKL", 3, {**LATENT, "attention_at": (4,)}),
+    ),
+    "DiT (diffusers)": Case(
+        "diffusers-dit",
+        diffusers(
+            "DiTTransformer2DModel", num_attention_heads=4, attention_head_dim=8, in_channels=3, out_channels=6,
+            num_layers=2, sample_size=SIZE, patch_size=2, num_embeds_ada_norm=5,
+        ),
+        lambda m, x, t, y: m(x, timestep=t, class_labels=y).sample, ("DiT", 3, TRANSFORMER), 5,
+    ),
+    "U-Net (diffusers)": Case(
+        "diffusers-unet",
+        diffusers(
+            "UNet2DConditionModel", sample_size=SIZE, in_channels=3, out_channels=3, block_out_channels=(128, 128),
+            layers_per_block=1, cross_attention_dim=6, attention_head_dim=2, down_block_types=CROSS[0],
+            up_block_types=CROSS[1],
+        ),
+        lambda m, x, t, y: m(x, t, encoder_hidden_states=y).sample, ("UNet", 3, TEXT), text=6,
+    ),
+    "VAE (diffusers)": Case(
+        "diffusers-vae",
+        diffusers(
+            "AutoencoderKL", block_out_channels=(128, 128), layers_per_block=1, latent_channels=2,
+            down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        ),
+        lambda m, x, t, y: through(
+            lambda x: m.quant_conv(m.encoder(x)), lambda z: m.decoder(m.post_quant_conv(z)), x
+        ),
+        ("AutoencoderKL", 3, LATENT),
+    ),
+}  # fmt: skip
+KEPT = ("pos_embed", "resample_filter")  # ends of the names of buffers, which are not drawn
+
+
+def run(case: Case) -> tuple[dict[str, tuple[int, ...]], np.ndarray]:
+    """Names and shapes of the module's parameters, and its output for the drawn weights, channels last, float32."""
+    import torch
+
+    module = case.module().eval()
+    own = module.state_dict()
+    shapes = {name: tuple(w.shape) for name, w in own.items() if not name.endswith(KEPT)}
+    module.load_state_dict(own | {name: torch.from_numpy(w) for name, w in drawn(case, shapes).items()})
+    x, t, y = inputs(case)
+    with torch.no_grad():
+        given = None if y is None else torch.from_numpy(y)
+        out = case.call(module, torch.from_numpy(x).permute(0, 3, 1, 2), torch.from_numpy(t), given)
+    out = out if out.ndim == 2 else out.permute(0, 2, 3, 1)
+    return shapes, out.numpy()
+
+
+if __name__ == "__main__":
+    import json
+
+    frozen: dict[str, np.ndarray] = {}
+    for name, case in CASES.items():
+        shapes, out = run(case)
+        frozen[f"{name}/shapes"] = np.asarray(json.dumps(shapes))
+        frozen[f"{name}/output"] = out
+        print(f"{name:20s} {len(shapes)} arrays, output {out.shape}, rms {np.sqrt(np.square(out).mean()):.3f}")
+    file = Path(__file__).parent.parent / "golden" / "nets.npz"
+    np.savez_compressed(file, **frozen)
+    print(f"{file}: {file.stat().st_size} bytes")
