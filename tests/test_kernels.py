@@ -369,6 +369,7 @@ def test_flops_are_those_of_pairs_that_attend():
 
 
 # ----------------------------------------------------------------------------------------------- ahead of time
+@pytest.mark.aot
 @pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install 'jdiff[aot]'"
 )
