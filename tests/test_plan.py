@@ -276,6 +276,8 @@ def test_an_out_of_memory_error_is_read():
     text = "RESOURCE_EXHAUSTED: E1000: Ran out of memory in memory space hbm. Used 17.49G of 15.75G hbm."
     over, there = _out_of_memory(text)
     assert over == pytest.approx(1.74 * 2**30) and there == 15.75 * 2**30
+    text = "RESOURCE_EXHAUSTED: the total memory required for HLO temporaries (117.51G) exceeds available HBM (15.75G)."
+    assert _out_of_memory(text)[0] == pytest.approx(101.76 * 2**30)
     assert _out_of_memory("INTERNAL: something else") == (0.0, 0.0)
 
 

@@ -100,7 +100,7 @@ def run(options: PlanOptions) -> None:
         _sweep(options, base)
         return
     found = plan(base, options.timeout)
-    print(report(found, options.how))
+    print(report(found, options.how), flush=True)
     if not found.fits:
         print(f"\n{_short(base)} does not fit by {amount(found.over)}; looking for what would:", flush=True)
         print(remedy(base, options.timeout))

@@ -116,7 +116,9 @@ def _roofline(chip: chips.Chip | None, flops: float, moved: hlo.Moved) -> dict[s
 def _out_of_memory(message: str) -> tuple[float, float]:
     """(bytes too many, bytes there are) of the compiler's message; zeros for another error."""
     unit = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
-    found = re.search(r"Used ([\d.]+)([KMG]?) of ([\d.]+)([KMG]?) hbm", message)
+    size = r"([\d.]+)([KMG]?)"
+    found = re.search(rf"Used {size} of {size} hbm", message)
+    found = found or re.search(rf"\({size}\) exceeds available HBM \({size}\)", message)
     if not found:
         return 0.0, 0.0
     used, there = float(found[1]) * unit[found[2]], float(found[3]) * unit[found[4]]
@@ -137,8 +139,9 @@ def find_devices(topology: chips.Topology) -> list[Any]:
         return devices[: topology.shape[0]]
     from jax.experimental import topologies
 
+    one = {"chips_per_host_bounds": [1, 1, 1]} if max(topology.shape) == 1 else {}  # a host has four chips otherwise
     try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology.name).devices)
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **one).devices)
     except Exception as error:  # libtpu's own, of no public kind
         reason = str(error).strip().split("\n")[0][:200]
         raise ValueError(f"the TPU compiler knows no topology {topology.name}: {reason}") from error
