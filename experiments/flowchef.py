@@ -101,7 +101,7 @@ def restore(
     keys, grid = jax.random.split(jax.random.key(1000 + seed)), times.uniform(P, nfe)
     den, noise = guided(den, row, x0, grid, rate, keys[0]), P.prior(keys[1], (len(x0), 64))
     found = np.asarray(jdiff.sample(den, solvers.euler()(P, grid), noise))
-    cost = jax.jit(lambda den, x: den(x, 0.5)).lower(den, noise).compile().cost_analysis()
+    cost: Any = jax.jit(lambda den, x: den(x, 0.5)).lower(den, noise).compile().cost_analysis()
     return found, 1e-6 * cost["flops"] / len(x0)
 
 

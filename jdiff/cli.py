@@ -1,4 +1,4 @@
-"""The command line: `jdiff train`, `sample`, `statistics`, `plan`, `reproduce NAME`, `list`."""
+"""The command line: `jdiff train`, `sample`, `statistics`, `plan`, `encode`, `convert`, `reproduce NAME`, ..."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -15,6 +15,7 @@ HELP = """\
   statistics RUN    measure what DPM-Solver-v3 wants to know of a model; a file for `sample`
   plan              compile a run for a TPU pod that is not there: memory, FLOPs, collectives, a model of its speed
   fit-solver RUN    fit a solver to a model and a number of network evaluations; writes a .safetensors file
+  encode IMAGES     images through an autoencoder, once, to latents that `train` reads
   convert FILE      weights of published nets (DiT, SiT, EDM, ADM, Stable Diffusion, diffusers) to ours, and back
   reproduce NAME    compute a paper's table again, with a plot and sample grids
   list [GROUP]      what there is: processes, time grids, solvers, nets, experiments; `list solvers` says more of them
@@ -329,6 +330,12 @@ def _convert(args: Sequence[str]) -> None:
     run(args)
 
 
+def _encode(args: Sequence[str]) -> None:
+    from jdiff.encode import run
+
+    run(args)
+
+
 def _reproduce(args: Sequence[str]) -> None:
     from jdiff import reproduce as tables
 
@@ -347,6 +354,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "statistics": _with_run("statistics", StatisticsConfig, statistics),
     "plan": _plan,
     "fit-solver": _fit_solver,
+    "encode": _encode,
     "convert": _convert,
     "reproduce": _reproduce,
     "list": lambda args: listing(*args[:1]),
@@ -371,7 +379,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         COMMANDS[args[0]](args[1:])
-    except (ValueError, TypeError, FileNotFoundError, FloatingPointError, CheckpointError) as error:
+    except (ValueError, TypeError, FileNotFoundError, FileExistsError, FloatingPointError, CheckpointError) as error:
         Console(stderr=True).print(f"jdiff {args[0]}: {error}", markup=False, highlight=False)
         return 2
     except Preempted as stopped:
