@@ -3,7 +3,7 @@
     python -m jdiff.experiments.train_dit_imagenet --data-dir /data/tfds --out /shared/dit --mesh data=-1,fsdp=16
 
 The data are prepared once: a TFDS set (ArrayRecord) with the features "latent", float (32, 32, 4), an autoencoder's,
-scaled to a standard deviation of about 1, and "label": `jdiff encode` writes it. docs/pods.md has the commands for a pod.
+scaled to a standard deviation of about 1, and "label": `jdiff encode` writes it. docs/pods.md has a pod's commands.
 
 Settings are those of DiT and SiT (2212.09748, 2401.08740): AdamW without decay, constant 1e-4, batch 256, labels
 dropped at 0.1; uniform times; 400,000 steps for their ablations, 7,000,000 for their best. Differences: a warm-up, no
