@@ -71,8 +71,11 @@ def start(out: Path, layout: str, steps: int, mesh: str = "fsdp=4", batches: tup
     run = [sys.executable, __file__, "--child", str(out), "--steps", str(steps), "--mesh", mesh]
     each = lambda i: [*run, "--processes", which(i), "--batch", str(batches[min(i, len(batches) - 1)])]
     out.parent.mkdir(parents=True, exist_ok=True)
-    quiet = lambda i: {"stdout": subprocess.DEVNULL, "stderr": said(out, i).open("w")}
-    return [subprocess.Popen(each(i), env=env, **quiet(i)) for i in range(n)]
+    found = []
+    for i in range(n):
+        with said(out, i).open("w") as complaints:
+            found.append(subprocess.Popen(each(i), env=env, stdout=subprocess.DEVNULL, stderr=complaints))
+    return found
 
 
 def said(out: Path, i: int) -> Path:

@@ -47,7 +47,7 @@ beartype_packages([f"jdiff.{name}" for name in HOST], conf=TYPES)
 install_import_hook([*modules_with_shapes()], "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 
 
-LONG = ("test_train", "test_notebook", "test_cli", "test_nets", "test_inversion", "test_correctors")
+LONG = ("test_train", "test_cli", "test_nets", "test_interpolants", "test_analysis", "test_notebook", "test_correctors")
 
 
 def pytest_collection_modifyitems(items):

@@ -160,6 +160,7 @@ def test_what_was_not_computed_is_a_dash():
     assert [reproduce.number(v) for v in (None, float("nan"), 0.12345, 320.8)] == ["-", "-", "0.123", "321"]
 
 
+@pytest.mark.long
 def test_one_cell_of_fast_sampling(tmp_path):
     from jdiff.experiments import fast_sampling as experiment
 

@@ -303,6 +303,7 @@ def test_bad_masks():
 
 
 # ------------------------------------------------------------------------------------------------ in nets, on a mesh
+@pytest.mark.long
 def test_in_a_scanned_net_on_a_mesh(monkeypatch):
     """The kernel, interpreted, where a CPU would take the reference: scanned, rematerialised, split over devices."""
     path = functools.partial(tpu.attention, block=(128, 32), interpret=True)
@@ -369,7 +370,7 @@ def test_flops_are_those_of_pairs_that_attend():
 
 
 # ----------------------------------------------------------------------------------------------- ahead of time
-@pytest.mark.aot
+@pytest.mark.long
 @pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install 'jdiff[aot]'"
 )

@@ -146,6 +146,7 @@ def test_sampling_on_a_mesh(setting):
     assert out.addressable_shards[0].data.shape == (1, 8, 8, 1)
 
 
+@pytest.mark.long
 def test_a_run_goes_on_on_another_mesh(tmp_path):
     """Stopped after two of four steps on fsdp and restored on another mesh: the run that was not stopped."""
     options = {"width": 16, "depth": 1, "heads": 2, "patch": 4}

@@ -7,6 +7,8 @@ import nbclient
 import nbformat
 import pytest
 
+pytestmark = pytest.mark.long
+
 HERE = Path(__file__).parent.parent
 FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"  # quick to compile, one device
 ORDERS = {"DDIM": 1, "DPM-Solver++(2M)": 2, "DEIS(3)": 3, "UniPC(3)": 4}  # nominal; a corrector adds one

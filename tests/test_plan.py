@@ -217,7 +217,7 @@ def test_no_kernel_is_gathered_more_often_than_it_is_used(planned):
     assert 1 <= gathered / (2 * 3 / 4 * 4 * once) < 1.2  # what is outside of the blocks is little
 
 
-@pytest.mark.aot
+@pytest.mark.long
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs TPU's compiler: jdiff[aot]")
 def test_a_tpu_receives_little_more_than_it_must():
     """Compiled for four chips of v5p: the blocks' kernels gathered twice, their gradients scattered once, bfloat16."""

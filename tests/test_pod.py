@@ -60,6 +60,7 @@ def test_no_cluster(monkeypatch):
         pod.start("auto")
 
 
+@pytest.mark.long
 def test_two_processes_and_one_that_goes_on_elsewhere(tmp_path, monkeypatch):
     """Six steps of two processes with two devices each, then two of one process on another mesh: the run that was one
     process's from the start. What kills, SIGTERM and disagreement do to several is in benchmarks/processes.py."""
@@ -110,6 +111,7 @@ assert "tensorflow" not in sys.modules
 """
 
 
+@pytest.mark.long
 def test_dry_run_of_the_imagenet_script_on_simulated_devices(tmp_path):
     (tmp_path / "latents").mkdir()
     (tmp_path / "latents/__init__.py").touch()

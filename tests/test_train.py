@@ -260,6 +260,7 @@ def test_another_configuration_is_refused_by_name(whole):
 
 
 # ---------------------------------------------------------------------------------------------------- SIGKILL
+@pytest.mark.long
 def test_sigkill_and_resume_is_bitwise_exact(tmp_path):
     """A kill at a random moment and one in the middle of a checkpoint's write; ten are in benchmarks/kill_resume.py."""
     script = Path(__file__).parents[1] / "benchmarks/kill_resume.py"
