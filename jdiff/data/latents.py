@@ -7,9 +7,10 @@ import numpy as np
 import tensorflow_datasets
 
 tfds: Any = tensorflow_datasets  # its annotations are incomplete
+BASE: Any = tfds.core.GeneratorBasedBuilder
 
 
-class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # sets are read by their files alone
+class Builder(BASE, skip_registration=True):  # pyright: ignore  # registered, it would stand in for the files it wrote
     """Features "latent", float32 (h, w, c), and "label". examples() yields pairs of them, once, in order."""
 
     name = "image_latents"
