@@ -285,25 +285,27 @@ def export_safetensors(
     path: str | os.PathLike, file: str | os.PathLike, ema: float | None = None, step: int | None = None
 ) -> None:
     """Write the parameters of a run (see `load_params`) to one .safetensors file, `meta` in its header."""
-    from safetensors.flax import save_file
-
     if Path(file).suffix != ".safetensors":
         raise ValueError(f"the file is {str(file)!r}; expected a name that ends in .safetensors")
     _, params, meta = load_params(path, ema, step)
-    temporary = f"{file}.tmp"
-    header = {"jdiff": json.dumps({**meta, "average": ema})}
-    save_file(dict(zip(_names(params), jax.tree.leaves(params), strict=True)), temporary, header)
-    os.replace(temporary, file)
+    _write_safetensors(file, params, {**meta, "average": ema})
 
 
 def write_net(net: Any, file: str | os.PathLike, **notes: Any) -> None:
     """Write a net that no run of jdiff trained to one .safetensors file, for `load_params`; notes: into its header."""
     from flax import nnx
+
+    meta = {"format": 1, "net": dict(net.config), "step": 0, "average": None, "ema": [], **notes}
+    _write_safetensors(file, nnx.to_pure_dict(nnx.state(net)), meta)
+
+
+def _write_safetensors(file: str | os.PathLike, params: PyTree, meta: Mapping[str, Any]) -> None:
+    """Whole or not at all: under another name first."""
     from safetensors.flax import save_file
 
-    params = nnx.to_pure_dict(nnx.state(net))
-    meta = {"format": 1, "net": dict(net.config), "step": 0, "average": None, "ema": [], **notes}
-    save_file(dict(zip(_names(params), jax.tree.leaves(params), strict=True)), str(file), {"jdiff": json.dumps(meta)})
+    temporary = f"{os.fspath(file)}.tmp"
+    save_file(dict(zip(_names(params), jax.tree.leaves(params), strict=True)), temporary, {"jdiff": json.dumps(meta)})
+    os.replace(temporary, file)
 
 
 def _import_safetensors(path: Path, ema: float | None, step: int | None) -> tuple[Any, PyTree, dict[str, Any]]:

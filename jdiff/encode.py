@@ -43,6 +43,7 @@ def encode(images: str, config: EncodeConfig) -> str:
 
     from jdiff import checkpoint, data, noise
     from jdiff.data.images import track
+    from jdiff.nets.autoencoder import Gaussian
 
     if config.batch < 1 or not config.scale > 0:
         raise ValueError(f"encode: expected batch >= 1 and scale > 0, got {config.batch} and {config.scale}")
@@ -63,7 +64,7 @@ def encode(images: str, config: EncodeConfig) -> str:
     @jax.jit
     def latents(state: Any, x: jax.Array, index: jax.Array) -> jax.Array:
         z = nnx.merge(graph, state).encode(x)
-        if hasattr(z, "mean"):
+        if isinstance(z, Gaussian):
             law, z = z, z.mean
             if not config.mean:
                 z = z + jnp.exp(law.logvar / 2) * noise.normal(jax.random.key(config.seed), z, index)

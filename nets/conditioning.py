@@ -34,6 +34,11 @@ def sinusoids(
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
+def rows_of(table: Float[Array, "rows d"], y: Int[Array, "b"]) -> Float[Array, "b d"]:
+    """Rows of a table of labels. A label that is no row, a negative one too, becomes NaN: traced ones cannot raise."""
+    return jnp.take(table, jnp.where(y < 0, len(table), y), axis=0, mode="fill")
+
+
 class Conditioning(nnx.Module):
     """An embedding of the time plus one of the label, in float32.
 
@@ -85,9 +90,7 @@ class Conditioning(nnx.Module):
         """t of shape (b or 1, ...) and labels (b,), or None for a net without classes -> (b or 1, ..., d)."""
         c, told = self.waves(self.time_scale * t.astype(jnp.float32)), 0.0
         if y is not None:
-            rows = self.labels.shape[0]
-            # A label that is no row, a negative one too, becomes NaN: traced labels cannot raise.
-            label = jnp.take(self.labels[...], jnp.where(y < 0, rows, y), axis=0, mode="fill")
+            label = rows_of(self.labels[...], y)
             told = label.astype(jnp.float32).reshape(-1, *(1,) * (t.ndim - 1), label.shape[-1])
         if self.labels_first:
             return self.time_out(jax.nn.silu(self.time_in(c + told)))

@@ -14,8 +14,8 @@ from jdiff.mesh import BATCH, constrain
 
 from .conditioning import Conditioning
 from .layers import NORMS, Attention, Linear, RMSNorm, SelfAttention, by_column, modulate, rematerialise, xavier, zeros
-from .net import Net
-from .patches import Size, patchify, per_axis, pool_time, positions, unpatchify
+from .net import Net, kept
+from .patches import Size, patchify, pool_time, positions, unpatchify
 from .rope import Rotations, rotations
 
 
@@ -169,22 +169,10 @@ class DiT(Net):
             param_dtype=param_dtype.name,
             time_scale=time_scale,
         )
-        axes = len(self.size)
-        self.patch = patch if isinstance(patch, int) else tuple(patch)
-        patches = per_axis(patch, axes)
-        for what, value in {
-            "patch": min(patches),
-            "width": width,
-            "depth": depth,
-            "heads": heads,
-            "unroll": unroll,
-        }.items():
+        for what, value in {"depth": depth, "unroll": unroll}.items():
             if value < 1:
                 raise ValueError(f"{name}: {what} is {value}; expected a positive integer")
-        if len(patches) != axes or any(n % p for n, p in zip(self.size, patches, strict=False)):
-            raise ValueError(f"{name}: patch {patch} does not divide image_size {image_size}")
-        if width % heads or width % (2 * axes):
-            raise ValueError(f"{name}: width {width} must be divisible by heads {heads} and by {2 * axes} (positions)")
+        patches = self._patched(patch, width=width, heads=heads)
         for what, value, known in (("positions", positions, ("sincos", "rope")), ("norm", norm, tuple(NORMS))):
             if value not in known:
                 raise ValueError(f"{name}: unknown {what} {value!r}; expected one of {', '.join(known)}")
@@ -198,7 +186,6 @@ class DiT(Net):
             remat,
             unroll,
         )
-        self.grid = tuple(n // p for n, p in zip(self.size, patches, strict=True))
         self.positions = positions
         self.rope = (rope_scale if isinstance(rope_scale, int | float) else tuple(rope_scale), rope_target)
         self.conditioning = Conditioning(
@@ -275,20 +262,15 @@ class DiT(Net):
         """
         start, stop = self._span(start, stop)
         turn = self.rotations() if rotations is None else rotations
-        step = rematerialise(
-            lambda h, layer: (layer[0](h, c, *layer[1:], rotations=turn), None), self.remat, scanned=True
-        )
-        layers: PyTree = (self.blocks,)
-        if perturb is not None:
-            layers = (self.blocks, self._perturbation(perturb, len(state)))
-        if blocks is not None:
-            layers = (self._mask(blocks), layers)
+
+        def step(h: Array, layer: dict[str, PyTree]) -> tuple[Array, None]:
+            return kept(layer, lambda h: layer["block"](h, c, layer.get("perturb"), turn), h), None
+
+        step = rematerialise(step, self.remat, scanned=True)
+        layers = {"block": self.blocks, **self._each(blocks, perturb, len(state))}
         if (start, stop) != (0, self.depth):
             layers = jax.tree.map(lambda a: a[start:stop], layers)
-        if blocks is None:
-            return jax.lax.scan(step, state, layers, unroll=self.unroll)[0]
-        masked = lambda h, kept: jax.lax.cond(kept[0], lambda h: step(h, kept[1]), lambda h: (h, None), h)
-        return jax.lax.scan(masked, state, layers, unroll=self.unroll)[0]
+        return jax.lax.scan(step, state, layers, unroll=self.unroll)[0]
 
     def project(self, state: Float[Array, "b n d"], c: Float[Array, "b2 n2 d"]) -> Float[Array, "b *size c2"]:
         """Tokens after the last block to samples, in `dtype`; c2 = 2 c channels where learn_sigma is set."""

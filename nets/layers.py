@@ -164,6 +164,16 @@ def dot_product_attention(
     return jnp.einsum("bhnm,bmhd->bnhd", jax.nn.softmax(logits, axis=-1).astype(v.dtype), v)
 
 
+def perturbed(
+    h: Float[Array, "b n h d"], v: Float[Array, "b n h d"], u: Float[Array, "b2 most"] | None
+) -> Float[Array, "b n h d"]:
+    """Self-attention's result h = A v as if its maps were (1 - u) A + u I, u a head: of any attention function."""
+    if u is None:
+        return h
+    u = u[:, None, : h.shape[2], None].astype(h.dtype)
+    return (1 - u) * h + u * v
+
+
 class SelfAttention(nnx.Module):
     """Multi-head self-attention over tokens: (b, n, d) -> (b, n, d).
 
@@ -202,10 +212,7 @@ class SelfAttention(nnx.Module):
         rotations: of the tokens, for rotary positions.
         """
         q, k, v = self.heads_of(x, rotations)
-        h = self.attention(q, k, v)
-        if perturb is not None:  # any attention function: (1 - u) A v + u v
-            u = perturb[:, None, : self.heads, None].astype(h.dtype)
-            h = (1 - u) * h + u * v
+        h = perturbed(self.attention(q, k, v), v, perturb)
         return self.out(rearrange(h, "b n heads d -> b n (heads d)"))
 
     def heads_of(self, x: Float[Array, "b n d"], rotations: Rotations | None = None) -> tuple[Array, Array, Array]:

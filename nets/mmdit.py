@@ -12,9 +12,9 @@ from jaxtyping import Array, Float, PyTree
 from jdiff.mesh import BATCH, constrain
 
 from .conditioning import Conditioning, Text
-from .layers import Attention, Linear, SelfAttention, layer_norm, modulate, rematerialise, xavier, zeros
-from .net import Net
-from .patches import Size, patchify, per_axis, pool_time, positions, unpatchify
+from .layers import Attention, Linear, SelfAttention, layer_norm, modulate, perturbed, rematerialise, xavier, zeros
+from .net import Net, kept
+from .patches import Size, patchify, positions, unpatchify
 
 
 class Stream(nnx.Module):
@@ -72,10 +72,7 @@ class Block(nnx.Module):
         (q1, k1, v1), rest1 = self.image.heads_of(state.image, c)
         (q2, k2, v2), rest2 = self.text.heads_of(state.text, c)
         q, k, v = (jnp.concatenate(pair, axis=1) for pair in ((q1, q2), (k1, k2), (v1, v2)))
-        h = self.attention(q, k, v)
-        if perturb is not None:
-            u = perturb[:, None, : q.shape[2], None].astype(h.dtype)
-            h = (1 - u) * h + u * v
+        h = perturbed(self.attention(q, k, v), v, perturb)
         h = h.reshape(*h.shape[:2], -1)
         n = state.image.shape[1]
         return State(self.image.add(state.image, h[:, :n], rest1), self.text.add(state.text, h[:, n:], rest2))
@@ -143,20 +140,12 @@ class MMDiT(Net):
             param_dtype=param_dtype.name,
             time_scale=time_scale,
         )
-        axes = len(self.size)
-        self.patch = patch if isinstance(patch, int) else tuple(patch)
-        patches = per_axis(patch, axes)
-        if min(*patches, width, depth, heads, context, pooled) < 1 or depth < 2:
+        if min(context, pooled) < 1 or depth < 2:
             raise ValueError(
-                f"MMDiT: {patch=}, {width=}, {depth=}, {heads=}, {context=}, {pooled=}; expected positive integers and "
-                "a depth of 2 or more"
+                f"MMDiT: {depth=}, {context=}, {pooled=}; expected a depth of 2 or more, and positive integers"
             )
-        if len(patches) != axes or any(n % p for n, p in zip(self.size, patches, strict=False)):
-            raise ValueError(f"MMDiT: patch {patch} does not divide image_size {image_size}")
-        if width % heads or width % (2 * axes):
-            raise ValueError(f"MMDiT: width {width} must be divisible by heads {heads} and by {2 * axes} (positions)")
+        patches = self._patched(patch, width=width, heads=heads)
         options: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
-        self.grid = tuple(n // p for n, p in zip(self.size, patches, strict=True))
         self.width, self.depth, self.heads, self.dtype, self.remat = width, depth, heads, dtype, remat
         self.context, self.pooled = context, pooled
         linear = lambda a, b, **how: Linear(a, b, **{"kernel_init": xavier, **options, **how}, rngs=rngs)
@@ -187,12 +176,10 @@ class MMDiT(Net):
         """The two streams before the first block, and float32 conditioning a sample."""
         self._check_sample(x)
         text: Text = self._text(x, y, self.context, self.pooled)
-        time = pool_time(t, x.shape, self.patch)
-        if time.size != len(time):
-            raise ValueError(f"MMDiT takes a time a sample, not one of shape {time.shape}")
+        time = self._time_a_sample(t, x)
         assert text.pooled is not None  # _text has seen to it
         vector = self.pooled_out(jax.nn.silu(self.pooled_in(text.pooled.astype(jnp.float32))))
-        c = self.conditioning(time.reshape(-1, 1), None) + vector[:, None]
+        c = self.conditioning(time, None) + vector[:, None]
         h = self.patches(patchify(x.astype(self.dtype), self.patch))
         h = h + jnp.asarray(positions(self.grid, self.width), self.dtype)
         return State(constrain(h, BATCH, None, None), self.text_in(text.tokens.astype(self.dtype))), c
@@ -209,15 +196,10 @@ class MMDiT(Net):
     ) -> State:
         """Both streams after blocks start .. stop - 1; the last one leaves the text as it is. The rest: as for DiT."""
         start, stop = self._span(start, stop)
-        each: dict[str, Any] = {}
-        if blocks is not None:
-            each["keep"] = self._mask(blocks)
-        if perturb is not None:
-            each["perturb"] = self._perturbation(perturb, len(state.image))
+        each = self._each(blocks, perturb, len(state.image))
 
         def step(state: State, layer: dict[str, PyTree]) -> tuple[State, None]:
-            some = lambda state: layer["block"](state, c, layer.get("perturb"))
-            return (jax.lax.cond(layer["keep"], some, lambda s: s, state) if "keep" in layer else some(state)), None
+            return kept(layer, lambda state: layer["block"](state, c, layer.get("perturb")), state), None
 
         step = rematerialise(step, self.remat, scanned=True)
         end = min(stop, self.depth - 1)

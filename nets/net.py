@@ -1,8 +1,9 @@
 """What the nets share: the three parts that a call is made of, their record, and the check of what they are given."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -11,7 +12,12 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .conditioning import Text
 from .layers import REMAT, wide
-from .patches import per_axis
+from .patches import Size, per_axis, pool_time
+
+
+def kept(layer: dict[str, PyTree], block: Callable[[PyTree], PyTree], state: PyTree) -> PyTree:
+    """block(state), or the state itself where the layer's "keep" (of `Net._each`) is there and false."""
+    return jax.lax.cond(layer["keep"], block, lambda state: state, state) if "keep" in layer else block(state)
 
 
 class Net(nnx.Module):
@@ -30,6 +36,8 @@ class Net(nnx.Module):
     channels: int
     num_classes: int
     null_class: bool
+    patch: Size  # of transformers
+    grid: tuple[int, ...]
 
     def embed(self, x: Array, t: ArrayLike, y: Any = None) -> tuple[PyTree, PyTree]:
         raise NotImplementedError
@@ -150,6 +158,23 @@ class Net(nnx.Module):
             )
         return self.num_classes
 
+    def _patched(self, patch: Size, *, width: int, heads: int) -> tuple[int, ...]:
+        """The pixels of a patch an axis; sets `patch` and `grid`, the patches an axis. ValueError for what does not
+        divide."""
+        axes = len(self.size)
+        patches = per_axis(patch, axes)
+        for what, value in {"patch": min(patches), "width": width, "heads": heads}.items():
+            if value < 1:
+                raise ValueError(f"{self.name}: {what} is {value}; expected a positive integer")
+        if len(patches) != axes or any(n % p for n, p in zip(self.size, patches, strict=False)):
+            raise ValueError(f"{self.name}: patch {patch} does not divide image_size {self.image_size}")
+        if width % heads or width % (2 * axes):
+            what = f"by heads {heads} and by {2 * axes} (positions)"
+            raise ValueError(f"{self.name}: width {width} must be divisible {what}")
+        self.patch = patch if isinstance(patch, int) else tuple(patch)
+        self.grid = tuple(n // p for n, p in zip(self.size, patches, strict=True))
+        return patches
+
     # --- what it is given
     def _check_sample(self, x: Array) -> None:
         """ValueError where x is not a batch of the samples that the net was built for."""
@@ -158,6 +183,13 @@ class Net(nnx.Module):
                 f"{self.name} has image_size={self.image_size} and channels={self.channels}, so it takes x "
                 f"of shape (batch, {', '.join(map(str, self.shape))}); it was given {x.shape}: build it for the data"
             )
+
+    def _time_a_sample(self, t: ArrayLike, x: Array) -> Float[Array, "b2 1"]:
+        """The time as (batch or 1, 1); ValueError where it varies within a sample."""
+        time = pool_time(t, x.shape, self.patch)
+        if time.size != len(time):
+            raise ValueError(f"{self.name} takes a time a sample, not one of shape {time.shape}")
+        return time.reshape(-1, 1)
 
     def _labels(self, x: Array, y: Any) -> Int[Array, "b"] | None:
         """The labels as an array of shape (b,); ValueError where they do not fit."""
@@ -200,6 +232,15 @@ class Net(nnx.Module):
                 f"and head, or ({batch}, {layers}, {heads})"
             )
         return u.swapaxes(0, 1)
+
+    def _each(self, blocks: Any, perturb: Any, batch: int) -> dict[str, Array]:
+        """What each block is given beside the state, blocks in front: "keep" and "perturb", where asked for."""
+        each: dict[str, Array] = {}
+        if blocks is not None:
+            each["keep"] = self._mask(blocks)
+        if perturb is not None:
+            each["perturb"] = self._perturbation(perturb, batch)
+        return each
 
     @property
     def num_blocks(self) -> int:

@@ -10,10 +10,10 @@ from jaxtyping import Array, Float, PyTree
 
 from jdiff.mesh import BATCH, constrain
 
-from .conditioning import Text, sinusoids
+from .conditioning import Text, rows_of, sinusoids
 from .layers import Attention, Conv, LayerNorm, Linear, SelfAttention, rematerialise, xavier
-from .net import Net
-from .patches import patchify, pool_time, unpatchify
+from .net import Net, kept
+from .patches import patchify, unpatchify
 
 
 class Block(nnx.Module):
@@ -127,16 +127,12 @@ class UViT(Net):
         )
         if depth < 2 or depth % 2:
             raise ValueError(f"UViT: depth is {depth}; expected an even number, half of it down and half up")
-        if min(patch, width, heads) < 1 or image_size % patch or width % heads or width % 2:
-            raise ValueError(
-                f"UViT: {patch=} must divide {image_size=}, and {heads=} the {width=}, which is even; all positive"
-            )
+        self._patched(patch, width=width, heads=heads)
         if context and num_classes:
             raise ValueError(f"UViT: {context=} and {num_classes=}; it is told a text or labels, not both")
         options: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
-        self.patch, self.width, self.depth, self.heads, self.dtype = patch, width, depth, heads, dtype
+        self.width, self.depth, self.heads, self.dtype = width, depth, heads, dtype
         self.remat, self.time_scale, self.context, self.context_length = remat, time_scale, context, context_length
-        self.grid = (image_size // patch,) * 2
         self.extras = 1 + (context_length if context else num_classes > 0)
         drawn = lambda *shape: nnx.Param(0.02 * jax.random.normal(rngs.params(), shape, param_dtype))
         self.patches = Linear(patch * patch * channels, width, kernel_init=xavier, **options, rngs=rngs)
@@ -163,10 +159,7 @@ class UViT(Net):
     def embed(self, x: Float[Array, "b h w c"], t: ArrayLike, y: Any = None) -> tuple[State, tuple[()]]:
         """The state before the first block; nothing is told beside it."""
         self._check_sample(x)
-        time = pool_time(t, x.shape, self.patch)
-        if time.size != len(time):
-            raise ValueError(f"UViT takes a time a sample (it is one token), not one of shape {time.shape}")
-        time = sinusoids(self.time_scale * time.reshape(-1, 1), self.width)
+        time = sinusoids(self.time_scale * self._time_a_sample(t, x), self.width)
         tokens = [jnp.broadcast_to(time, (len(x), 1, self.width)), self.patches(patchify(x, self.patch))]
         if self.text is not None:
             text: Text = self._text(x, y, self.context or 0)
@@ -174,9 +167,7 @@ class UViT(Net):
                 raise ValueError(f"UViT has positions for {self.context_length} embeddings; got {text.tokens.shape}")
             tokens.insert(0, self.text(text.tokens))
         elif (label := self._labels(x, y)) is not None and self.labels is not None:
-            rows = self.labels.shape[0]
-            told = jnp.take(self.labels[...], jnp.where(label < 0, rows, label), axis=0, mode="fill")
-            tokens.insert(0, told[:, None])
+            tokens.insert(0, rows_of(self.labels[...], label)[:, None])
         h = jnp.concatenate([token.astype(self.dtype) for token in tokens], axis=1)
         h = constrain(h + self.positions.astype(self.dtype), BATCH, None, None)
         return State(h, jnp.zeros((0, *h.shape), h.dtype)), ()
@@ -193,15 +184,10 @@ class UViT(Net):
     ) -> State:
         """The state after blocks start .. stop - 1 of those down, in the middle and up. blocks, perturb: as for DiT."""
         start, stop = self._span(start, stop)
-        each: dict[str, Any] = {}
-        if blocks is not None:
-            each["keep"] = self._mask(blocks)
-        if perturb is not None:
-            each["perturb"] = self._perturbation(perturb, len(state.h))
+        each = self._each(blocks, perturb, len(state.h))
 
         def step(h: Array, layer: dict[str, PyTree]) -> tuple[Array, Array]:
-            some = lambda h: layer["block"](h, layer.get("skip"), layer.get("perturb"))
-            h = jax.lax.cond(layer["keep"], some, lambda h: h, h) if "keep" in layer else some(h)
+            h = kept(layer, lambda h: layer["block"](h, layer.get("skip"), layer.get("perturb")), h)
             return h, h
 
         step = rematerialise(step, self.remat, scanned=True)

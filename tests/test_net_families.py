@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 from flax import nnx
 
 from jdiff import mesh, nets
-from jdiff.nets import unet_blocks
+from jdiff.nets import mmdit, unet_blocks, uvit
 from jdiff.nets.macs import macs
 
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -101,6 +102,78 @@ def test_parts_masks_and_meshes(name):
     ):
         small = "kernel" not in str(path) or leaf.size <= 128 or ("conv_in" in str(path) and leaf.shape[-1] < 8)
         assert small or any(axis is not None for axis in place.spec), (path, leaf.shape)
+
+
+# --- against independent NumPy in float64, head by head
+def block_of(make):
+    block = filled(
+        nnx.eval_shape(lambda: make(dtype=jnp.float64, param_dtype=jnp.float64, rngs=nnx.Rngs(0))), scale=0.5
+    )
+    return block, {"/".join(map(str, p)): np.asarray(v[...]) for p, v in nnx.to_flat_state(nnx.state(block))}
+
+
+def standard(v, epsilon):
+    return (v - v.mean(-1, keepdims=True)) / np.sqrt(v.var(-1, keepdims=True) + epsilon)
+
+
+def attended(streams, heads):
+    """One attention over the tokens of all streams; a stream: (q, k, v), each (b, n, d). Back stream by stream."""
+    q, k, v = (np.concatenate(parts, 1) for parts in zip(*streams, strict=True))
+    out, d = np.zeros_like(q), q.shape[-1] // heads
+    for h in range(heads):
+        one = slice(h * d, (h + 1) * d)
+        logits = q[..., one] @ np.swapaxes(k[..., one], 1, 2) / np.sqrt(d)
+        p = np.exp(logits - logits.max(-1, keepdims=True))
+        out[..., one] = p / p.sum(-1, keepdims=True) @ v[..., one]
+    return np.split(out, np.cumsum([len(s[0][0]) for s in streams])[:-1], 1)
+
+
+def test_uvit_block_matches_numpy():
+    """2209.12152, figure 1: the skip joins before the block, exact GELU, no bias of queries, keys and values."""
+    block, p = block_of(functools.partial(uvit.Block, 8, 2, 4.0, skip=True))
+    x, skip = (np.random.default_rng(i).normal(size=(2, 5, 8)) for i in (0, 1))
+    linear = lambda name, v: v @ p[f"{name}/kernel"] + p.get(f"{name}/bias", 0.0)
+    norm = lambda name, v: standard(v, 1e-5) * p[f"{name}/scale"] + p[f"{name}/bias"]
+    h = linear("skip", np.concatenate([x, skip], -1))
+    (out,) = attended([np.split(linear("attention/qkv", norm("norm_attention", h)), 3, -1)], 2)
+    h = h + linear("attention/out", out)
+    u = linear("mlp_in", norm("norm_mlp", h))
+    want = h + linear("mlp_out", 0.5 * u * (1 + scipy.special.erf(u / np.sqrt(2))))
+    assert "attention/qkv/bias" not in p
+    np.testing.assert_allclose(jit(lambda b, x, s: b(x, s))(block, x, skip), want, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_mmdit_block_matches_numpy(last):
+    """2403.03206, figure 2b: weights a stream, one attention; in the last block the text gives keys, values."""
+    block, p = block_of(functools.partial(mmdit.Block, 8, 2, 4.0, attention=None, last=last, qk_norm=True))
+    rng = np.random.default_rng(0)
+    x, y, c = rng.normal(size=(2, 4, 8)), rng.normal(size=(2, 3, 8)), rng.normal(size=(2, 1, 8))
+    linear = lambda name, v: v @ p[f"{name}/kernel"] + p[f"{name}/bias"]
+    rows, streams, told = {"image": x, "text": y}, [], {}
+    for name, v in rows.items():
+        told[name] = np.split(
+            linear(f"{name}/modulation", c / (1 + np.exp(-c))), 2 if last and name == "text" else 6, -1
+        )
+        shift, scale = told[name][:2]
+        q, k, v = np.split(linear(f"{name}/attention/qkv", standard(v, 1e-6) * (1 + scale) + shift), 3, -1)
+        for which, a in (("norm_q", q), ("norm_k", k)):
+            heads = a.reshape(2, -1, 2, 4)
+            heads = heads / np.sqrt(np.square(heads).mean(-1, keepdims=True) + 1e-6)
+            a[:] = (heads * p[f"{name}/attention/{which}/scale"]).reshape(a.shape)
+        streams.append((q, k, v))
+    want = []
+    for (name, v), out in zip(rows.items(), attended(streams, 2), strict=True):
+        if not (last and name == "text"):
+            _, _, gate1, shift, scale, gate2 = told[name]
+            v = v + gate1 * linear(f"{name}/attention/out", out)
+            u = linear(f"{name}/mlp_in", standard(v, 1e-6) * (1 + scale) + shift)
+            gelu = 0.5 * u * (1 + np.tanh(np.sqrt(2 / np.pi) * (u + 0.044715 * u**3)))
+            v = v + gate2 * linear(f"{name}/mlp_out", gelu)
+        want.append(v)
+    got = jit(lambda b, x, y, c: b(mmdit.State(x, y), c))(block, x, y, c)
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.parametrize("name", ["UViT", "MMDiT"])
@@ -200,7 +273,7 @@ def test_vector_quantisation():
     ("make_it", "message"),
     [
         (lambda: abstract("UViT", 8, 3, **{**SMALL["UViT"], "depth": 3}), "depth is 3; expected an even number"),
-        (lambda: abstract("UViT", 8, 3, **{**SMALL["UViT"], "patch": 3}), "patch=3 must divide image_size=8"),
+        (lambda: abstract("UViT", 8, 3, **{**SMALL["UViT"], "patch": 3}), "patch 3 does not divide image_size 8"),
         (lambda: abstract("UViT", 8, 3, **SMALL["UViT"], context=4), "a text or labels, not both"),
         (lambda: abstract("MMDiT", 8, 3, **{**SMALL["MMDiT"], "depth": 1}), "a depth of 2 or more"),
         (lambda: abstract("MMDiT", 8, 3, **{**SMALL["MMDiT"], "heads": 3}), "divisible by heads 3"),

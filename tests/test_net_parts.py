@@ -111,7 +111,8 @@ def test_interception_sees_every_linear_layer(name):
         watched, nnx.merge(nnx.graphdef(net), double), net
     )
     close(got, want)
-    assert np.abs(got - plain).max() > 0.1 and net.out.hook is None if name == "DiT" else True
+    assert np.abs(got - plain).max() > 0.05 * np.abs(plain).max()
+    assert (net.out if name == "DiT" else net.conv_out).hook is None  # the old one is as it was
     assert {path for path, _ in seen} == {"/".join(map(str, p)) for p in kernels} >= PATHS.get(name, set())
     assert {p for p, _ in nnx.to_flat_state(nnx.state(watched))} == {p for p, _ in nnx.to_flat_state(nnx.state(net))}
     if name == "DiT":

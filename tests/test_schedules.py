@@ -68,6 +68,8 @@ def test_other_bad_input():
         schedules.scheduled(schedules.scheduled(table, schedules.synchronous(F, K)), schedules.synchronous(F, K))
     with pytest.raises(ValueError, match=r"which goes from 0 to 1, and there are 1"):
         schedules.scheduled(table, schedules.synchronous(F, K), which=[0, 0, 0, 1])
+    with pytest.raises(ValueError, match=r"end has shape \(3,\); .* each of \(4,\) elements"):
+        schedules.scheduled(table, schedules.synchronous(F, K), end=[0.0, 0.0, 0.1])
     with pytest.raises(ValueError, match="do not broadcast"):
         sample(schedules.scheduled(table, schedules.synchronous(F + 1, K)), noise())
     with pytest.raises(ValueError, match="remembers"):

@@ -6,6 +6,7 @@
 Nothing in a file is executed (`torch_file`); which array goes where is a table (`layouts`).
 """
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -89,11 +90,13 @@ def to_theirs(net: nnx.Module, layout: str) -> dict[str, np.ndarray]:
 
 
 def save(net: nnx.Module, layout: str, path: str | Path) -> Path:
-    """Write `to_theirs` as safetensors."""
+    """Write `to_theirs` as safetensors, whole or not at all."""
     from safetensors.numpy import save_file
 
     arrays = {name: np.ascontiguousarray(a) for name, a in to_theirs(net, layout).items()}
-    save_file(arrays, str(path))
+    temporary = f"{path}.tmp"
+    save_file(arrays, temporary)
+    os.replace(temporary, path)
     return Path(path)
 
 

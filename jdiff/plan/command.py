@@ -68,6 +68,7 @@ def plan(config: PlanConfig, timeout: float = 900.0) -> Plan:
                 "pip install 'jdiff[aot]'"
             )
         env |= LIBTPU
+        env.pop("XLA_FLAGS", None)  # meant for this machine: TPU's compiler ends the process at a flag it does not know
     names = {f.name for f in dataclasses.fields(PlanConfig)}
     options = json.dumps({k: v for k, v in dataclasses.asdict(config).items() if k in names})
     command = [sys.executable, "-m", "jdiff.plan.worker", options]

@@ -119,7 +119,9 @@ def scheduled(tables: Tableau | Sequence[Tableau], M: Any, which: Any = 0, *, en
     a dict of times. ValueError for a matrix that does not fit, tables of several processes or with coefficients an
     element already.
     """
-    tables = [tables] if isinstance(tables, Tableau) else list(tables)
+    tables = list(tables) if isinstance(tables, Sequence) else [tables]
+    if other := [T for T in tables if not isinstance(T, Tableau)]:
+        raise TypeError(f"scheduled: {type(other[0]).__name__} is no tableau; build one, solver(process, times)")
     if isinstance(system := tables[0].record.process, System):
         parts = np.arange(len(system.parts))
         if np.shape(M)[1:] != parts.shape:
@@ -134,13 +136,13 @@ def scheduled(tables: Tableau | Sequence[Tableau], M: Any, which: Any = 0, *, en
     R, Z = max(T.registers for T in tables), max(T.noises for T in tables)
     tables = [T.pad(R, Z) for T in tables]
     elements = np.shape(M)[1:]
-    index = np.broadcast_to(np.asarray(which), elements)
+    index, ends = (_of_each(name, v, elements) for name, v in (("which", which), ("end", end)))
     if index.min() < 0 or index.max() >= len(tables):
         raise ValueError(
             f"scheduled: which goes from {index.min()} to {index.max()}, and there are {len(tables)} tables"
         )
     M = check(M, np.asarray([T.nfe for T in tables])[index])
-    ends, seen = np.unique(np.broadcast_to(np.asarray(end, np.float64), elements), return_inverse=True)
+    ends, seen = np.unique(ends.astype(np.float64), return_inverse=True)
     columns = np.concatenate([index.reshape(1, -1), seen.reshape(1, -1), M.reshape(len(M), -1)]).T
     each = {tuple(c): _stretched(tables[c[0]], c[2:], float(ends[c[1]])) for c in np.unique(columns, axis=0)}
     out = stack([each[tuple(c)] for c in columns], elements)
@@ -148,6 +150,15 @@ def scheduled(tables: Tableau | Sequence[Tableau], M: Any, which: Any = 0, *, en
     names = tuple(("x",) + ("u",) * (R - 1) for _ in range(calls + 1))
     label = lambda k: f"{int(np.sum(M[k + 1] > M[k]))} of {index.size} elements"
     return out.replace(record=replace(first, labels=tuple(label(k) for k in range(calls)), names=names)).validate()
+
+
+def _of_each(name: str, value: Any, elements: tuple[int, ...]) -> np.ndarray:
+    try:
+        return np.broadcast_to(np.asarray(value), elements)
+    except ValueError:
+        raise ValueError(
+            f"scheduled: {name} has shape {np.shape(value)}; expected a number, or one for each of {elements} elements"
+        ) from None
 
 
 def _stretched(T: Tableau, column: np.ndarray, end: float) -> Tableau:
