@@ -116,6 +116,21 @@ def _near(n: int, size: int) -> str:
     return f" ({' or '.join(map(str, near))} would)"
 
 
+def explicit(mesh: Mesh) -> Mesh:
+    """The mesh with sharding in the types of arrays: they lie where a program says, or it is an error while tracing."""
+    return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Explicit,) * len(mesh.axis_names))
+
+
+def on_auto(mesh: Mesh, tree: PyTree) -> PyTree:
+    """Arrays of an `explicit` mesh as arrays of `mesh`, where any function takes them; nothing is copied."""
+
+    def same(a: Any) -> Any:
+        to = NamedSharding(mesh, a.sharding.spec)
+        return jax.make_array_from_single_device_arrays(a.shape, to, [s.data for s in a.addressable_shards])
+
+    return jax.tree.map(same, tree)
+
+
 def check(mesh: Mesh, net: Any, batch: int) -> None:
     """ValueError that names every number of the run that the mesh does not divide, with the nearest that it does.
 
@@ -146,6 +161,21 @@ def on(mesh: Mesh, fn: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             return fn(*args, **kwargs)
+
+    return run
+
+
+def auto(fn: Callable[..., Any], *out: str | tuple[str, ...] | None) -> Callable[..., Any]:
+    """`fn` as a part of a program over an `explicit` mesh: within, the compiler lays out what `constrain` leaves open.
+
+    out: the axes of the dimensions of its result, which is typed by them; so are gradients by its arguments' types. On
+    any other mesh, or none: fn itself.
+    """
+
+    def run(*args: Any) -> Any:
+        if not (axes := jax.sharding.get_abstract_mesh().explicit_axes):
+            return fn(*args)
+        return jax.sharding.auto_axes(fn, axes=axes, out_sharding=PartitionSpec(*out))(*args)
 
     return run
 

@@ -84,11 +84,13 @@ def make_train_step(
     """
     import optax
 
+    each = meshes.auto(loss, meshes.BATCH)
+
     def step(
         state: TrainState, meter: Meter, batch: Mapping[str, Array], seed: UInt32[Array, ""]
     ) -> tuple[TrainState, Meter]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        mean = lambda params: loss(params, key, batch["image"], batch.get("label")).mean()
+        mean = lambda params: each(params, key, batch["image"], batch.get("label")).mean()
         value, grads = jax.value_and_grad(mean)(state.params)
         norm = optax.tree.norm(grads)
         with jax.numpy_dtype_promotion("standard"):  # optax mixes integers and floats, which strict mode refuses
@@ -147,6 +149,7 @@ def program(config: TrainConfig, images: Any, mesh: Any) -> Program:
         return init_state(nnx.to_pure_dict(nnx.state(build(seed))), optimizer, config.ema), meter()
 
     shapes = jax.eval_shape(fresh, jax.ShapeDtypeStruct((), jnp.uint32))
+    mesh = meshes.explicit(mesh)
     everywhere = meshes.everywhere(mesh)
     laid = meshes.shardings(mesh, net, shapes[0]), jax.tree.map(lambda _: everywhere, shapes[1])
     state, sums = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, laid)
@@ -156,7 +159,7 @@ def program(config: TrainConfig, images: Any, mesh: Any) -> Program:
         call,
         loss,
         jax.jit(fresh, out_shardings=laid),
-        jax.jit(step, donate_argnums=0, out_shardings=laid),
+        jax.jit(step, donate_argnums=0),
         state,
         sums,
         meshes.batch(mesh),
@@ -202,7 +205,7 @@ def train(
     out = Path(config.out)
     state, sums, start = _resume(out, config, state, empty)
     if start == config.steps:
-        return TrainResult(state, graph, meta, out)
+        return TrainResult(meshes.on_auto(mesh, state), graph, meta, out)
 
     snapshot_every = config.snapshot_every or max(config.steps // 16, 1)
     held = pod.rows(run.batch, config.batch)
@@ -255,7 +258,7 @@ def train(
             if stopped and done < config.steps:
                 checkpoints.manager.wait_until_finished()
                 raise pod.Preempted(f"stopped by SIGTERM at step {done}, which is saved in {out}")
-    return TrainResult(state, graph, meta, out)
+    return TrainResult(meshes.on_auto(mesh, state), graph, meta, out)
 
 
 class _Clock:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AxisType
 
 import jdiff
 from jdiff import losses, mesh, nets, process, solvers, times, train
@@ -120,17 +121,18 @@ def alone(setting):
 @pytest.mark.parametrize("axes", ["data=2,fsdp=2,tensor=2", "tensor=2,sequence=4"])
 def test_a_step_on_any_mesh_is_that_of_one_device(setting, alone, axes):
     model, _, step, state, data = setting
-    m = mesh.make(axes)
+    m = mesh.explicit(mesh.make(axes))
     laid = mesh.shardings(m, model, state)
     placed = jax.device_put(state, laid)
     split = jax.device_put(data, mesh.batch(m))
-    run = jax.jit(mesh.on(m, step), out_shardings=(laid, mesh.everywhere(m)))
+    run = jax.jit(mesh.on(m, step))  # no out_shardings: where arrays lie is in their types
     new, sums = run(placed, train.meter(), split, jnp.uint32(0))
     np.testing.assert_allclose(sums.loss, alone[1].loss, rtol=1e-5)
     np.testing.assert_allclose(sums.grad_norm, alone[1].grad_norm, rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), new, alone[0])
-    for a, s in zip(jax.tree.leaves(new.params), jax.tree.leaves(laid.params), strict=True):
+    for a, s in zip(jax.tree.leaves(new), jax.tree.leaves(laid), strict=True):
         assert a.sharding.is_equivalent_to(s, a.ndim)
+    assert jax.tree.leaves(mesh.on_auto(mesh.make(axes), new))[0].sharding.mesh.axis_types[0] == AxisType.Auto
 
 
 def test_sampling_on_a_mesh(setting):
@@ -144,6 +146,10 @@ def test_sampling_on_a_mesh(setting):
     out = jax.jit(mesh.on(m, sample))(params, jax.device_put(x, mesh.batch(m)))
     np.testing.assert_allclose(out, sample(state.params, x), atol=2e-5)
     assert out.addressable_shards[0].data.shape == (1, 8, 8, 1)
+    typed = mesh.explicit(m)
+    kinds = jax.device_put((params, x), (mesh.shardings(typed, model, params), mesh.batch(typed)))
+    kind = jax.jit(mesh.on(typed, mesh.auto(sample, mesh.BATCH))).eval_shape(*kinds).sharding
+    assert kind.spec[0] == mesh.BATCH
 
 
 @pytest.mark.long

@@ -63,7 +63,7 @@ def build(config: PlanConfig, devices: list[Any]) -> Built:
         mesh=config.mesh,
     )
     recipe.check(settings)
-    mesh = meshes.make(config.mesh, devices)
+    mesh = meshes.explicit(meshes.make(config.mesh, devices))
     images = SimpleNamespace(shape=(config.size, config.size, config.channels), num_classes=config.classes)
     program = train.program(settings, images, mesh)
     return _sampling(config, program, mesh) if config.sample else _training(config, program, mesh)
@@ -99,7 +99,7 @@ def _sampling(config: PlanConfig, program: Any, mesh: Any) -> Built:
 
     x = _struct((config.batch, config.size, config.size, config.channels), jnp.float32, program.batch)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    traced = jax.jit(meshes.on(mesh, run), out_shardings=program.batch).trace(
+    traced = jax.jit(meshes.on(mesh, meshes.auto(run, meshes.BATCH))).trace(
         params, x, labels, jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=everywhere)
     )
     flops = 2 * products(traced.jaxpr.jaxpr)
@@ -134,7 +134,8 @@ def activations(program: Any, batch: dict[str, Any]) -> float:
         key = jax.random.key(0)
         return jax.vjp(lambda p: loss(p, key, images, labels).mean(), params)[1]
 
-    kept = jax.eval_shape(residuals, program.state.params, batch["image"], batch.get("label"))
+    bare = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), (program.state.params, batch))
+    kept = jax.eval_shape(residuals, bare[0], bare[1]["image"], bare[1].get("label"))
     return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(kept) if n in a.shape)
 
 
