@@ -29,6 +29,25 @@ def steps(kind: np.ndarray) -> Steps:
     return Steps(*(np.asarray(a, np.int32) for a in (np.r_[-1, outer, -1], inner, found, np.maximum(found[last], 0))))
 
 
+class Rows(NamedTuple):
+    """The same by rows, int32: row i meets the blocks inner[start[i] : start[i + 1]]; none, if it is empty.
+
+    pattern: that of a partial block; FULL (-1) of a full one.
+    """
+
+    start: np.ndarray
+    inner: np.ndarray
+    pattern: np.ndarray
+
+
+def rows(kind: np.ndarray) -> Rows:
+    """The blocks of `kind` that are not empty. Never of length 0, which no kernel can be given."""
+    outer, inner = np.nonzero(kind != EMPTY)
+    start = np.searchsorted(outer, np.arange(len(kind) + 1))
+    found = (start, np.append(inner, 0), np.append(kind[outer, inner], masks.FULL))
+    return Rows(*(np.asarray(a, np.int32) for a in found))
+
+
 def visits(mask: Mask) -> int:
     """How many steps the mask takes with the blocks of `block_sizes`."""
     return len(steps(masks.blocks(mask, *block_sizes(mask)).kind).inner)

@@ -5,20 +5,28 @@ attends to nothing has l = 0, and its result is 0.
 """
 
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 
 def step(m: Array, l: Array, s: Array, axis: int) -> tuple[Array, Array, Array, Array]:
-    """The maxima m and sums l so far (s's shape with 1 along axis), and logits s of more keys along `axis`.
+    """The maxima m and sums l so far, and logits s of more keys along `axis`.
+
+    m and l have s's shape with 1 along `axis`, or without that axis: a TPU's registers want the one, a GPU's the other.
 
     Returns (m, l, p, c): the new maxima and sums, p = exp(s - m), and the factor c of what was summed before:
     result = c result + p v.
     """
-    m_new = jnp.maximum(m, s.max(axis=axis, keepdims=True))
+    kept = m.ndim == s.ndim
+    m_new = jnp.maximum(m, s.max(axis=axis, keepdims=kept))
     centre = finite(m_new)
-    p = jnp.exp(s - centre)
+    p = jnp.exp(s - (centre if kept else spread(centre, s.shape, axis)))
     c = jnp.exp(m - centre)
-    return m_new, c * l + p.sum(axis=axis, keepdims=True), p, c
+    return m_new, c * l + p.sum(axis=axis, keepdims=kept), p, c
+
+
+def spread(a: Array, shape: tuple[int, ...], axis: int) -> Array:
+    """a, which has `shape` without `axis`, in that shape."""
+    return lax.broadcast_in_dim(a, shape, [i for i in range(len(shape)) if i != axis % len(shape)])
 
 
 def finite(m: Array) -> Array:
