@@ -1,21 +1,20 @@
-"""What the flash kernels of all back ends share: their options, padding, and the gradient around them."""
+"""What the flash kernels of all back ends share: options, padding, and the gradient around a forward and a backward."""
 
 import functools
-import math
-from types import ModuleType
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.experimental import pallas as pl
 
-from . import formulas, masks
+from . import formulas
 from .masks import Mask
 
 
 class Options(NamedTuple):
-    """What is known when the program is built. block: queries and keys of a block. interpret: the interpreter's
-    parameters, or False."""
+    """What is known when the program is built. block: queries and keys of a block."""
 
     mask: Mask
     scale: float
@@ -23,45 +22,59 @@ class Options(NamedTuple):
     interpret: Any
 
 
-def full_mask(q: Array, k: Array, mask: Mask | None) -> Mask:
-    return masks.full(q.shape[1], k.shape[1]) if mask is None else mask
-
-
-def default_scale(q: Array, scale: float | None) -> float:
-    return 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-
-
 def pad(a: Array, sizes: dict[int, int]) -> Array:
     """a with each axis i, of those given, filled with zeros at the end to sizes[i]."""
     return jnp.pad(a, [(0, sizes.get(i, n) - n) for i, n in enumerate(a.shape)])
 
 
-def whole_blocks(n: int, block: int) -> int:
+def whole(n: int, block: int) -> int:
     """The least multiple of `block` that holds n."""
     return -(-n // block) * block
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def cost(kernel: Callable[..., Any], pairs: int, d: int, inputs: dict[str, Array]) -> pl.CostEstimate:
+    """pairs: (query, key) pairs in the blocks that are visited, of all samples and heads."""
+    return pl.CostEstimate(
+        flops=2 * PRODUCTS[kernel.__name__] * pairs * d,
+        transcendentals=pairs,
+        bytes_accessed=sum(a.size * a.dtype.itemsize for a in inputs.values()),
+    )
+
+
+PRODUCTS = {"forward_kernel": 2, "dq_kernel": 3, "dkv_kernel": 4}  # matrix products a block
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def attention(
-    backend: ModuleType, options: Options, q: Array, k: Array, v: Array, bias: Array | None, segment_ids: Any
+    forward: Callable[..., tuple[Array, Array]],
+    backward: Callable[..., tuple[Array, Array, Array]],
+    options: Options,
+    q: Array,
+    k: Array,
+    v: Array,
+    bias: Array | None,
+    segment_ids: Any,
 ) -> Array:
-    """Attention by the `forward` and the `backward` of a back end's module; a bias's gradient is XLA's."""
-    return backend.forward(options, q, k, v, bias, segment_ids)[0]
+    """Attention by forward(options, q, k, v, bias, segment_ids) -> (out, lse), its gradient by backward(..., lse, delta,
+    dout) -> (dq, dk, dv); that of a bias is XLA's."""
+    return forward(options, q, k, v, bias, segment_ids)[0]
 
 
-def _forward(backend: ModuleType, options: Options, *args: Any) -> tuple[Array, tuple[Any, ...]]:
-    out, lse = backend.forward(options, *args)
+def _attention_fwd(forward: Any, backward: Any, options: Options, *args: Any) -> tuple[Array, tuple[Any, ...]]:
+    out, lse = forward(options, *args)
     return out, (*args, out, lse)
 
 
-def _backward(backend: ModuleType, options: Options, saved: tuple[Any, ...], dout: Array) -> tuple[Any, ...]:
+def _attention_bwd(
+    forward: Any, backward: Any, options: Options, saved: tuple[Any, ...], dout: Array
+) -> tuple[Any, ...]:
     q, k, v, bias, segment_ids, out, lse = saved
     delta = formulas.row_sums(out, dout)
-    gradients = backend.backward(options, q, k, v, bias, segment_ids, lse, delta, dout)
+    gradients = backward(options, q, k, v, bias, segment_ids, lse, delta, dout)
     if bias is None:
         return *gradients, None, None
     dbias = formulas.bias_gradient(q, k, v, bias, segment_ids, lse, delta, dout, options.mask, options.scale)
     return *gradients, dbias, None
 
 
-attention.defvjp(_forward, _backward)
+attention.defvjp(_attention_fwd, _attention_bwd)

@@ -1,21 +1,23 @@
-"""Flash attention for Hopper GPUs in Pallas (Mosaic GPU), forward and backward.
+"""Flash attention for Hopper GPUs in Pallas (Mosaic GPU), forward and backward. It has not been run on one.
 
-Tokens are padded to whole blocks and head dimensions to multiples of 64; padding of keys is part of the mask. The
-kernels are in `mosaic_gpu`.
+Tokens are padded to whole blocks and head dimensions to a multiple of 64; padding to whole blocks is part of the mask,
+as on a TPU. The kernels are in `mosaic_gpu`.
 """
 
+import math
 from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from . import flash, mosaic_gpu
-from .flash import Options, pad, whole_blocks
+from . import flash, masks, mosaic_gpu
+from .flash import Options, pad, whole
 from .masks import Mask
 from .reference import Segments
 
-BLOCK = 128  # queries, and keys
-MET = 64  # queries of a block when dk and dv are computed: both sums and two blocks of scores are in registers
+BLOCK = (mosaic_gpu.OWNED, 128)  # queries, and keys that they meet
+BLOCK_DKV = (64, mosaic_gpu.OWNED)  # fewer are met: two sums, of dk and of dv, are in registers besides the scores
+HEAD = 64  # what the head dimension is padded to a multiple of: a row of 128 bytes of shared memory
 
 
 def attention(
@@ -29,18 +31,21 @@ def attention(
     scale: float | None = None,
     interpret: Any = False,
 ) -> Float[Array, "b n h d"]:
-    """`reference.attention` on a Hopper GPU. interpret: a `plgpu.InterpretGPUParams` runs the kernel on a CPU."""
-    options = Options(flash.full_mask(q, k, mask), flash.default_scale(q, scale), (BLOCK, BLOCK), interpret)
-    import sys
-    return flash.attention(sys.modules[__name__], options, q, k, v, bias, segment_ids)
+    """`reference.attention` on a Hopper GPU, of bfloat16 or float16 and a head dimension of at most 128.
+
+    interpret: a `plgpu.InterpretGPUParams` runs the kernel's Python on a CPU.
+    """
+    mask = masks.full(q.shape[1], k.shape[1]) if mask is None else mask
+    options = Options(mask, 1 / math.sqrt(q.shape[-1]) if scale is None else scale, BLOCK, interpret)
+    return flash.attention(forward, backward, options, q, k, v, bias, segment_ids)
 
 
-def _inputs(q: Array, k: Array, v: Array, bias: Array | None, segs: Any, by: str) -> dict[str, Array]:
-    n, m = (whole_blocks(a.shape[1], BLOCK) for a in (q, k))
-    d = whole_blocks(q.shape[-1], 64)
+def _inputs(q: Array, k: Array, v: Array, bias: Array | None, segs: Any) -> dict[str, Array]:
+    n, m = (whole(a.shape[1], mosaic_gpu.OWNED) for a in (q, k))
+    d = whole(q.shape[-1], HEAD)
     inputs = {"q": pad(q, {1: n, 3: d}), "k": pad(k, {1: m, 3: d}), "v": pad(v, {1: m, 3: d})}
     if bias is not None:
-        inputs["bias"] = pad(bias, {2: n, 3: m}) if by == "q" else pad(bias.swapaxes(2, 3), {2: m, 3: n})
+        inputs["bias"] = pad(bias, {2: n, 3: m})
     if segs is not None:
         inputs["q_segments"] = pad(segs[0].astype(jnp.int32), {1: n})
         inputs["k_segments"] = pad(segs[1].astype(jnp.int32), {1: m})
@@ -51,8 +56,7 @@ def forward(
     options: Options, q: Array, k: Array, v: Array, bias: Array | None, segment_ids: Segments | None
 ) -> tuple[Float[Array, "b n h d"], Float[Array, "b h n"]]:
     """Attention and the logarithm of the sum of exp(logits)."""
-    inputs = _inputs(q, k, v, bias, segment_ids, "q")
-    outputs = {"out": q.dtype, "lse": jnp.float32}
+    inputs, outputs = _inputs(q, k, v, bias, segment_ids), {"out": q.dtype, "lse": jnp.float32}
     out, lse = mosaic_gpu.call(mosaic_gpu.forward_kernel, options, "q", inputs, outputs)
     return out[:, : q.shape[1], :, : q.shape[3]], lse[:, :, : q.shape[1]]
 
@@ -69,16 +73,14 @@ def backward(
     dout: Array,
 ) -> tuple[Array, Array, Array]:
     """The gradients by q, k and v. lse as `forward` returns it; delta (b, h, n): sum of out dout."""
-
-    def run(by: str, kernel: Any, block: tuple[int, int], outputs: dict[str, Any]) -> tuple[Array, ...]:
-        inputs = _inputs(q, k, v, bias, segment_ids, by)
-        _, n, _, d = inputs["q"].shape
-        inputs["dout"] = pad(dout, {1: n, 3: d})
-        inputs["lse"] = pad(jnp.where(lse == -jnp.inf, jnp.inf, lse), {2: n})
-        inputs["delta"] = pad(delta.astype(jnp.float32), {2: n})
-        return mosaic_gpu.call(kernel, options._replace(block=block), by, inputs, outputs)
-
-    (dq,) = run("q", mosaic_gpu.dq_kernel, options.block, {"dq": q.dtype})
-    dk, dv = run("k", mosaic_gpu.dkv_kernel, (MET, BLOCK), {"dk": k.dtype, "dv": v.dtype})
-    n, m, d = q.shape[1], k.shape[1], q.shape[3]
-    return dq[:, :n, :, :d], dk[:, :m, :, :d], dv[:, :m, :, :d]
+    inputs = _inputs(q, k, v, bias, segment_ids)
+    n, d, padded = q.shape[1], q.shape[3], inputs["q"].shape
+    inputs["dout"] = pad(dout, {1: padded[1], 3: padded[3]})
+    inputs["lse"] = pad(jnp.where(lse == -jnp.inf, jnp.inf, lse), {2: padded[1]})
+    inputs["delta"] = pad(delta.astype(jnp.float32), {2: padded[1]})
+    (dq,) = mosaic_gpu.call(mosaic_gpu.dq_kernel, options, "q", inputs, {"dq": q.dtype})
+    if bias is not None:
+        inputs["bias"] = inputs["bias"].swapaxes(2, 3)
+    outputs = {"dk": k.dtype, "dv": v.dtype}
+    dk, dv = mosaic_gpu.call(mosaic_gpu.dkv_kernel, options._replace(block=BLOCK_DKV), "k", inputs, outputs)
+    return dq[:, :n, :, :d], dk[:, : k.shape[1], :, :d], dv[:, : k.shape[1], :, :d]

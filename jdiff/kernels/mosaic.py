@@ -9,7 +9,7 @@ Matrix products of bfloat16 accumulate in float32; those of float32 are full flo
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,17 +19,9 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from . import grid, masks, softmax
-from .masks import EMPTY, FULL, Mask
-
-
-class Options(NamedTuple):
-    """What is known when the program is built."""
-
-    mask: Mask
-    scale: float
-    block: tuple[int, int]
-    interpret: Any
+from . import flash, grid, masks, softmax
+from .flash import Options
+from .masks import EMPTY, FULL
 
 
 def _dot(a: Array, b: Array, axes: tuple[int, int]) -> Array:
@@ -145,9 +137,6 @@ _LAYOUTS = {
 }
 
 
-PRODUCTS = {"forward_kernel": 2, "dq_kernel": 3, "dkv_kernel": 4}  # matrix products a block
-
-
 def call(
     kernel: Callable[..., None],
     options: Options,
@@ -179,7 +168,7 @@ def call(
     def body(*refs: Any) -> None:
         kernel(refs[:4], dict(zip(names, refs[4:], strict=True)), options.scale)
 
-    visited = b * h * int((cut.kind != EMPTY).sum()) * bq * bk
+    pairs = b * h * int((cut.kind != EMPTY).sum()) * bq * bk
     return pl.pallas_call(
         body,
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -191,11 +180,7 @@ def call(
         ),
         out_shape=[jax.ShapeDtypeStruct(shapes[name], dtype) for name, dtype in outputs.items()],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
-        cost_estimate=pl.CostEstimate(
-            flops=2 * PRODUCTS[kernel.__name__] * visited * d,
-            transcendentals=visited,
-            bytes_accessed=sum(a.size * a.dtype.itemsize for a in inputs.values()),
-        ),
+        cost_estimate=flash.cost(kernel, pairs, d, inputs),
         interpret=options.interpret,
         name=f"jdiff_attention_{kernel.__name__.removesuffix('_kernel')}",
     )(*(jnp.asarray(a) for a in table), *inputs.values())

@@ -1,12 +1,15 @@
 """The kernels of flash attention on a Hopper GPU, and the call that runs one over the blocks of a mask; see `gpu`.
 
-A thread block has three warpgroups and owns one row of blocks: 64 queries (for dk and dv: keys) for each of the first
+A thread block has three warpgroups and owns a row of blocks: 64 queries (for dk and dv: keys) for each of the first
 two, which compute. The third copies what the row meets into a ring of buffers in shared memory, block by block from
-the row's list (`grid.rows`): a skipped block costs neither arithmetic nor a copy. The scores have what is owned as
-rows and what is met as columns, so that the left side of each product that is summed up stays in registers.
+the row's list (`grid.rows`): a skipped block costs neither arithmetic nor a copy. In the scores what is owned are the
+rows and what is met are the columns, so that the left side of each product that is summed up stays in registers.
 
-Matrix products are of bfloat16 or float16 and accumulate in float32. Patterns, biases, segments and the statistics of
-queries are read from global memory straight into the registers that need them.
+Matrix products are of bfloat16 or float16 and accumulate in float32. Patterns, biases and segments are read from
+global memory straight into the registers that need them.
+
+Interpreted on a CPU, all of this is executed but the matrix unit (`Part.product` and `Part.add` are `jnp.dot` there)
+and the layouts of registers.
 """
 
 import dataclasses
@@ -21,14 +24,17 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from . import grid, masks, softmax
+from . import flash, grid, masks, softmax
 from .flash import Options
+from .masks import EMPTY
 
 TILE = 64  # rows of a warpgroup
 COMPUTE = 2  # warpgroups that compute
+OWNED = COMPUTE * TILE  # tokens of a thread block
 STAGES = 2  # buffers of the ring
+REGISTERS = (40, 232)  # of a thread that copies, and that computes: together all that a multiprocessor has
 
-# Which index each dimension of an array follows. x: what is owned, y: what is met; X, Y: the same within the block.
+# Which index each dimension follows. x: what is owned, y: what is met, as tokens; X, Y: the same within the block.
 _LAYOUTS = {
     **dict.fromkeys(("q", "dout", "out", "dq"), "bqhd"),
     **dict.fromkeys(("k", "v", "dk", "dv"), "bkhd"),
@@ -42,130 +48,141 @@ _LAYOUTS = {
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """What one warpgroup sees: where it is in the arrays of global memory, and its buffers in shared memory."""
+    """What a warpgroup works on: a place in the arrays of global memory, and its buffers in shared memory."""
 
-    by: str
-    at: dict[str, Any]  # the index of each dimension
+    by: str  # what is owned: "q" or "k"
+    at: dict[str, Any]  # the index that a letter of _LAYOUTS stands for
     arrays: dict[str, Any]
     buffers: dict[str, Any]
     options: Options
 
     def ref(self, name: str) -> Any:
         """The part of an array in global memory."""
-        ref, layout = self.arrays[name], _LAYOUTS[name]
-        own, met = ("q", "k") if self.by == "q" else ("k", "q")
-        at = self.at | {own: self.at["x"], met: self.at.get("y"), "Y": slice(None), "d": slice(None)}
+        ref, at = self.arrays[name], self.at
+        if "y" in at:
+            at = at | dict(zip("qk" if self.by == "q" else "kq", (at["x"], at["y"]), strict=True))
+        else:
+            at = at | {self.by: at["x"]}
         # a bias may have one head, or one sample, for all
-        return ref.at[tuple(0 if a in "bh" and n == 1 else at[a] for a, n in zip(layout, ref.shape, strict=True))]
+        size = zip(_LAYOUTS[name], ref.shape, strict=True)
+        return ref.at[tuple(0 if a in "bh" and n == 1 else at.get(a, slice(None)) for a, n in size)]
 
     def read(self, name: str, layout: Any) -> Array:
-        return plgpu.load(self.ref(name), layout=layout, optimized=False)
+        """Into registers, from shared memory if a copy is there."""
+        ref = self.buffers[name] if name in self.buffers else self.ref(name)
+        return ref[...] if self.options.interpret else plgpu.load(ref, layout=layout, optimized=False)
 
     def rows(self, name: str, shape: tuple[int, ...]) -> Array:
-        """A statistic of what is owned, along the columns of scores."""
+        """A number of each token that is owned, the same in each column of scores."""
         return softmax.spread(self.read(name, plgpu.Layout.WGMMA.reduce(1)), shape, 1)
 
     def columns(self, name: str, shape: tuple[int, ...]) -> Array:
-        """A statistic of what is met, along the rows of scores."""
+        """A number of each token that is met, the same in each row of scores."""
         return softmax.spread(self.read(name, plgpu.Layout.WGMMA.reduce(0)), shape, 0)
 
-    def scores(self, owned: str, met: str) -> Array:
-        """Logits, -inf where the mask or different segments forbid."""
-        s = product(self.buffers[owned], self.buffers[met].transpose((1, 0))) * self.options.scale
+    def scores(self) -> Array:
+        """The logits, -inf where the mask or different segments forbid."""
+        owned, met = ("q", "k") if self.by == "q" else ("k", "q")
+        s = self.product(owned, met) * self.options.scale
         if "bias" in self.arrays:
             s = s + self.read("bias", plgpu.Layout.WGMMA).astype(jnp.float32)
         if "q_segments" in self.arrays:
-            owned_ids, met_ids = ("q_segments", "k_segments") if self.by == "q" else ("k_segments", "q_segments")
-            s = jnp.where(self.rows(owned_ids, s.shape) == self.columns(met_ids, s.shape), s, -jnp.inf)
+            same = self.rows(f"{owned}_segments", s.shape) == self.columns(f"{met}_segments", s.shape)
+            s = jnp.where(same, s, -jnp.inf)
         if "pattern" not in self.arrays:
             return s
         kept = lambda s: jnp.where(self.read("pattern", plgpu.Layout.WGMMA).astype(jnp.int32) != 0, s, -jnp.inf)
         return lax.cond(self.at["p"] >= 0, kept, lambda s: s, s)
 
-    def add(self, total: Array, a: Array, met: str) -> Array:
-        """total + a @ met, in place; a in registers."""
-        b = self.buffers[met]
-        if self.options.interpret:  # which knows no accumulator that starts from a value
-            total = total + jnp.dot(a, b[...], preferred_element_type=jnp.float32)
-            plgpu.commit_smem()  # before a copy overwrites what was read here, as a matrix product would not
-            return total
-        return pl.run_state(lambda ref: plgpu.wgmma(ref, a, b))(plgpu.ACC.init(total))
+    def product(self, a: str, b: str) -> Array:
+        """a b' of two buffers, float32."""
+        left, right = self.buffers[a], self.buffers[b]
+        if self.options.interpret:
+            return _simulated(left[...], right[...].T)
+
+        def run(ref: Any) -> Array:
+            plgpu.wgmma(ref, left, right.transpose((1, 0)))
+            return ref[...]
+
+        return pl.run_scoped(run, plgpu.ACC((left.shape[0], right.shape[0]), jnp.float32))
+
+    def add(self, total: Array, a: Array, b: str) -> Array:
+        """total + a b, in place, of a in registers and a buffer b, in whose dtype a is taken."""
+        right = self.buffers[b]
+        a = a.astype(right.dtype)
+        if self.options.interpret:
+            return total + _simulated(a, right[...])
+        return pl.run_state(lambda ref: plgpu.wgmma(ref, a, right))(plgpu.ACC.init(total))
 
 
-def product(a: Any, b: Any) -> Array:
-    """a @ b of shared memory, float32."""
-
-    def run(ref: Any) -> Array:
-        plgpu.wgmma(ref, a, b)
-        return ref[...]
-
-    return pl.run_scoped(run, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
+def _simulated(a: Array, b: Array) -> Array:
+    """a b where there is no matrix unit. That reads shared memory in the way of copies, ordinary reads do not; the
+    interpreter looks for races, and `commit_smem` lets it take these reads as done before the next copy."""
+    out = jnp.dot(a, b, preferred_element_type=jnp.float32)
+    plgpu.commit_smem()
+    return out
 
 
 # ----------------------------------------------------------------------------------------------------------- kernels
-# Each gives where the sums start, what a block adds, and the results, of a part.
-def forward_kernel(part: Part) -> tuple[Any, Callable[[Part, Any], Any], Callable[[Any], dict[str, Array]]]:
-    q = part.buffers["q"]
+# Of a part that is loaded: where the sums start, the sums after one more block, and the results by name.
+Kernel = Callable[[Part], tuple[Any, Callable[[Part, Any], Any], Callable[[Any], dict[str, Array]]]]
+
+
+def forward_kernel(part: Part) -> Any:
+    shape = part.buffers["q"].shape
 
     def update(part: Part, sums: Any) -> Any:
         m, l, acc = sums
-        m, l, p, c = softmax.step(m, l, part.scores("q", "k"), axis=1)
-        return m, l, part.add(softmax.spread(c, acc.shape, 1) * acc, p.astype(q.dtype), "v")
+        m, l, p, c = softmax.step(m, l, part.scores(), axis=1)
+        return m, l, part.add(softmax.spread(c, shape, 1) * acc, p, "v")
 
     def finish(sums: Any) -> dict[str, Array]:
         m, l, acc = sums
-        share = softmax.spread(softmax.normalise(l, jnp.ones_like(l)), acc.shape, 1)
-        return {"out": acc * share, "lse": softmax.logsumexp(m, l)}
+        share = softmax.normalise(l, jnp.ones_like(l))
+        return {"out": acc * softmax.spread(share, shape, 1), "lse": softmax.logsumexp(m, l)}
 
-    row = lambda value: plgpu.layout_cast(jnp.full((TILE,), value, jnp.float32), plgpu.Layout.WGMMA.reduce(1))
-    return (row(-jnp.inf), row(0.0), zeros(q.shape)), update, finish
+    m, l = jnp.full(shape[:1], -jnp.inf, jnp.float32), jnp.zeros(shape[:1], jnp.float32)
+    return (m, l, jnp.zeros(shape, jnp.float32)), update, finish
 
 
-def dq_kernel(part: Part) -> tuple[Any, Callable[[Part, Any], Any], Callable[[Any], dict[str, Array]]]:
-    q, width = part.buffers["q"], part.options.block[1]
-    lse, delta = (part.rows(name, (TILE, width)) for name in ("lse", "delta"))
+def dq_kernel(part: Part) -> Any:
+    scores = (TILE, part.options.block[1])
+    lse, delta = part.rows("lse", scores), part.rows("delta", scores)
 
     def update(part: Part, dq: Array) -> Array:
-        p = jnp.exp(part.scores("q", "k") - lse)
-        dp = product(part.buffers["dout"], part.buffers["v"].transpose((1, 0)))
-        return part.add(dq, (p * (dp - delta) * part.options.scale).astype(q.dtype), "k")
+        p = jnp.exp(part.scores() - lse)
+        return part.add(dq, p * (part.product("dout", "v") - delta) * part.options.scale, "k")
 
-    return zeros(q.shape), update, lambda dq: {"dq": dq}
+    return jnp.zeros(part.buffers["q"].shape, jnp.float32), update, lambda dq: {"dq": dq}
 
 
-def dkv_kernel(part: Part) -> tuple[Any, Callable[[Part, Any], Any], Callable[[Any], dict[str, Array]]]:
-    k = part.buffers["k"]
+def dkv_kernel(part: Part) -> Any:
+    zeros = jnp.zeros(part.buffers["k"].shape, jnp.float32)
 
     def update(part: Part, sums: Any) -> Any:
         dk, dv = sums
-        s = part.scores("k", "q")
+        s = part.scores()
         p = jnp.exp(s - part.columns("lse", s.shape))
-        dv = part.add(dv, p.astype(k.dtype), "dout")
-        dp = product(part.buffers["v"], part.buffers["dout"].transpose((1, 0)))
-        ds = p * (dp - part.columns("delta", s.shape)) * part.options.scale
-        return part.add(dk, ds.astype(k.dtype), "q"), dv
+        dv = part.add(dv, p, "dout")
+        ds = p * (part.product("v", "dout") - part.columns("delta", s.shape)) * part.options.scale
+        return part.add(dk, ds, "q"), dv
 
-    return (zeros(k.shape), zeros(k.shape)), update, lambda sums: {"dk": sums[0], "dv": sums[1]}
-
-
-def zeros(shape: tuple[int, ...]) -> Array:
-    return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)
+    return (zeros, zeros), update, lambda sums: {"dk": sums[0], "dv": sums[1]}
 
 
-# kernel: what is copied for the whole row, and block by block; the buffer that each result leaves by
-_BUFFERS = {
+# What is copied once for a row; what block by block; and the buffer through which each result leaves.
+_BUFFERS: dict[Kernel, tuple[tuple[str, ...], tuple[str, ...], dict[str, str]]] = {
     forward_kernel: (("q",), ("k", "v"), {"out": "q", "lse": "lse"}),
     dq_kernel: (("q", "dout"), ("k", "v"), {"dq": "q"}),
-    dkv_kernel: (("k", "v"), ("q", "dout"), {"dk": "k", "dv": "v"}),
+    dkv_kernel: (("k", "v"), ("q", "dout", "lse", "delta"), {"dk": "k", "dv": "v"}),
 }
 
 
 # ---------------------------------------------------------------------------------------------------------- the call
 def call(
-    kernel: Callable[..., Any], options: Options, by: str, inputs: dict[str, Array], outputs: dict[str, DTypeLike]
+    kernel: Kernel, options: Options, by: str, inputs: dict[str, Array], outputs: dict[str, DTypeLike]
 ) -> tuple[Array, ...]:
-    """Run `kernel` on padded inputs, over the rows of the mask's blocks (by = "q") or the columns (by = "k")."""
-    owned, met, ways = _BUFFERS[kernel]
+    """Run `kernel` on padded inputs, over the mask's blocks by rows (by = "q") or by columns (by = "k")."""
     cut = masks.blocks(options.mask, *options.block)
     kind, patterns = (cut.kind, cut.patterns) if by == "q" else (cut.kind.T, cut.patterns.swapaxes(1, 2))
     width = options.block[1 if by == "q" else 0]
@@ -173,30 +190,28 @@ def call(
         inputs = inputs | {"pattern": jnp.asarray(patterns, jnp.int8)}
     b, n, h, d = inputs["q"].shape
     sizes = {"b": b, "h": h, "q": n, "k": inputs["k"].shape[1], "d": d}
-    dtype = inputs["q"].dtype
-    names = [*inputs, *outputs]
+    owned, met, ways = _BUFFERS[kernel]
 
     def body(start: Any, inner: Any, pattern: Any, *refs: Any) -> None:
         *refs, own_buffers, ring, loaded, ready, free = refs
-        arrays = dict(zip(names, refs, strict=True))
-        group = lax.axis_index("group")
-        row = lax.axis_index("row")
+        arrays = dict(zip([*inputs, *outputs], refs, strict=True))
+        group, row = lax.axis_index("group"), lax.axis_index("row")
         first, last = start[row], start[row + 1]
         at = {"b": lax.axis_index("batch"), "h": lax.axis_index("head"), "X": pl.ds(group * TILE, TILE)}
-        at["x"] = pl.ds(row * (COMPUTE * TILE) + group * TILE, TILE)
+        at["x"] = pl.ds(row * OWNED + group * TILE, TILE)
 
-        def blocks(t: Any) -> Part:
-            """The step t, with its buffers of the ring."""
+        def meet(t: Any) -> tuple[Any, Part]:
+            """The slot of the ring that step t uses, and its part."""
             slot = lax.rem(t - first, STAGES)
             here = at | {"y": pl.ds(inner[t] * width, width), "p": pattern[t]}
-            return Part(by, here, arrays, {name: ref.at[slot] for name, ref in ring.items()}, options)
+            return slot, Part(by, here, arrays, {name: ref.at[slot] for name, ref in ring.items()}, options)
 
         @pl.when(group == COMPUTE)
         def _() -> None:
-            plgpu.set_max_registers(40, action="decrease")
+            plgpu.set_max_registers(REGISTERS[0], action="decrease")
 
             def fill(t: Any, _: None) -> None:
-                slot, part = lax.rem(t - first, STAGES), blocks(t)
+                slot, part = meet(t)
 
                 @pl.when(t - first >= STAGES)
                 def _() -> None:
@@ -206,41 +221,49 @@ def call(
                     plgpu.copy_gmem_to_smem(part.ref(name), part.buffers[name], ready.at[slot])
 
             lax.fori_loop(first, last, fill, None)
+            drain = lambda t, _: plgpu.barrier_wait(free.at[lax.rem(t - first, STAGES)])
+            lax.fori_loop(jnp.maximum(first, last - STAGES), last, drain, None)
 
         @pl.when(group < COMPUTE)
         def _() -> None:
-            plgpu.set_max_registers(232, action="increase")
-            buffers = {name: ref.at[group] for name, ref in own_buffers.items()}
-            part = Part(by, at, arrays, buffers, options)
+            plgpu.set_max_registers(REGISTERS[1], action="increase")
+            part = Part(by, at, arrays, {name: ref.at[group] for name, ref in own_buffers.items()}, options)
             for name in owned:
-                plgpu.copy_gmem_to_smem(part.ref(name), buffers[name], loaded.at[group])
+                plgpu.copy_gmem_to_smem(part.ref(name), part.buffers[name], loaded.at[group])
             plgpu.barrier_wait(loaded.at[group])
             sums, update, finish = kernel(part)
 
             def step(t: Any, sums: Any) -> Any:
-                slot, met_part = lax.rem(t - first, STAGES), blocks(t)
+                slot, here = meet(t)
                 plgpu.barrier_wait(ready.at[slot])
-                sums = update(dataclasses.replace(met_part, buffers=met_part.buffers | buffers), sums)
+                sums = update(dataclasses.replace(here, buffers=part.buffers | here.buffers), sums)
                 plgpu.barrier_arrive(free.at[slot])
                 return sums
 
             for name, value in finish(lax.fori_loop(first, last, step, sums)).items():
-                buffers[ways[name]][...] = value.astype(outputs[name])
+                part.buffers[ways[name]][...] = value.astype(outputs[name])
             plgpu.commit_smem()
             for name in outputs:
-                plgpu.copy_smem_to_gmem(buffers[ways[name]], part.ref(name))
+                plgpu.copy_smem_to_gmem(part.buffers[ways[name]], part.ref(name))
             plgpu.wait_smem_to_gmem(0)
 
-    tiled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-    own_buffers = {name: plgpu.SMEM((COMPUTE, TILE, d), dtype, transforms=tiled) for name in owned}
-    if "lse" in outputs:
-        own_buffers["lse"] = plgpu.SMEM((COMPUTE, TILE), jnp.float32)
+    body.__name__ = f"jdiff_attention_{kernel.__name__.removesuffix('_kernel')}"
+
+    def buffer(name: str, count: int, tokens: int) -> Any:
+        if name in ("lse", "delta"):
+            return plgpu.SMEM((count, tokens), jnp.float32)
+        tiled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+        return plgpu.SMEM((count, tokens, d), inputs[name].dtype, transforms=tiled)
+
+    pairs = b * h * int((kind != EMPTY).sum()) * options.block[0] * options.block[1]
+    # JAX 0.10, where the kernel can be interpreted but not compiled, does not take a cost
+    known = {} if options.interpret else {"cost_estimate": flash.cost(kernel, pairs, d, inputs)}
     return plgpu.kernel(
         body,
         out_type=tuple(jax.ShapeDtypeStruct(tuple(sizes[a] for a in _LAYOUTS[o]), t) for o, t in outputs.items()),
         scratch_types=[
-            own_buffers,
-            {name: plgpu.SMEM((STAGES, width, d), dtype, transforms=tiled) for name in met},
+            {name: buffer(name, COMPUTE, TILE) for name in dict.fromkeys((*owned, *ways.values()))},
+            {name: buffer(name, STAGES, width) for name in met},
             plgpu.Barrier(num_arrivals=len(owned), num_barriers=COMPUTE),
             plgpu.Barrier(num_arrivals=len(met), num_barriers=STAGES),
             plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=STAGES),
@@ -251,4 +274,5 @@ def call(
         thread_name="group",
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=options.interpret or None,
+        **known,
     )(*(jnp.asarray(a) for a in grid.rows(kind)), *inputs.values())

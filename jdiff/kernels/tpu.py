@@ -3,17 +3,15 @@
 Padding to whole blocks is part of the mask: no key behind the last is attended to. The kernels are in `mosaic`.
 """
 
-import functools
 import math
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from . import formulas, grid, masks, mosaic
+from . import flash, grid, masks, mosaic
+from .flash import Options, pad, whole
 from .masks import Mask
-from .mosaic import Options
 from .reference import Segments
 
 
@@ -34,7 +32,7 @@ def attention(
     interpret: run the kernel's Python on any device: True, or a `pltpu.InterpretParams`.
     """
     options = make_options(q, k, mask, scale, block, interpret)
-    return _attention(options, q, k, v, bias, segment_ids)
+    return flash.attention(forward, backward, options, q, k, v, bias, segment_ids)
 
 
 def make_options(
@@ -46,25 +44,20 @@ def make_options(
     return Options(mask, scale, block or grid.block_sizes(mask), interpret)
 
 
-def _pad(a: Array, sizes: dict[int, int]) -> Array:
-    """a with each axis i, of those given, filled with zeros at the end to sizes[i]."""
-    return jnp.pad(a, [(0, sizes.get(i, n) - n) for i, n in enumerate(a.shape)])
-
-
 def _inputs(options: Options, q: Array, k: Array, v: Array, bias: Array | None, segs: Any) -> dict[str, Array]:
     """Heads before tokens, padded to whole blocks; bias and segments transposed as scores are."""
-    n, m = (-(-size // block) * block for size, block in zip((q.shape[1], k.shape[1]), options.block, strict=True))
+    n, m = (whole(a.shape[1], block) for a, block in zip((q, k), options.block, strict=True))
     inputs = {
-        "q": _pad(q.swapaxes(1, 2), {2: n}),
-        "k": _pad(k.swapaxes(1, 2), {2: m}),
-        "v": _pad(v.swapaxes(1, 2), {2: m}),
+        "q": pad(q.swapaxes(1, 2), {2: n}),
+        "k": pad(k.swapaxes(1, 2), {2: m}),
+        "v": pad(v.swapaxes(1, 2), {2: m}),
     }
     if bias is not None:
-        inputs["bias"] = _pad(bias.swapaxes(2, 3), {2: m, 3: n})
+        inputs["bias"] = pad(bias.swapaxes(2, 3), {2: m, 3: n})
     if segs is not None:
         ids = [a.astype(jnp.int32) for a in segs]
-        inputs["q_segments"] = _pad(ids[0], {1: n})[:, None, :]
-        inputs["k_segments"] = _pad(ids[1], {1: m})[:, :, None]
+        inputs["q_segments"] = pad(ids[0], {1: n})[:, None, :]
+        inputs["k_segments"] = pad(ids[1], {1: m})[:, :, None]
     return inputs
 
 
@@ -94,33 +87,10 @@ def backward(
     inputs = _inputs(options, q, k, v, bias, segment_ids)
     (bq, bk), d, n, m = options.block, q.shape[-1], q.shape[1], k.shape[1]
     padded = inputs["q"].shape[2]
-    inputs["dout"] = _pad(dout.swapaxes(1, 2), {2: padded})
-    inputs["lse"] = _pad(jnp.where(lse == -jnp.inf, jnp.inf, lse), {2: padded})[:, :, None]
-    inputs["delta"] = _pad(delta.astype(jnp.float32), {2: padded})[:, :, None]
+    inputs["dout"] = pad(dout.swapaxes(1, 2), {2: padded})
+    inputs["lse"] = pad(jnp.where(lse == -jnp.inf, jnp.inf, lse), {2: padded})[:, :, None]
+    inputs["delta"] = pad(delta.astype(jnp.float32), {2: padded})[:, :, None]
     (dq,) = mosaic.call(mosaic.dq_kernel, options, "q", inputs, {"dq": q.dtype}, {"acc": (d, bq)})
     scratch = {"dk_acc": (bk, d), "dv_acc": (bk, d)}
     dk, dv = mosaic.call(mosaic.dkv_kernel, options, "k", inputs, {"dk": k.dtype, "dv": v.dtype}, scratch)
     return dq[..., :n].transpose(0, 3, 1, 2), dk[:, :, :m].swapaxes(1, 2), dv[:, :, :m].swapaxes(1, 2)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(options: Options, q: Array, k: Array, v: Array, bias: Array | None, segment_ids: Any) -> Array:
-    return forward(options, q, k, v, bias, segment_ids)[0]
-
-
-def _attention_fwd(options: Options, *args: Any) -> tuple[Array, tuple[Any, ...]]:
-    out, lse = forward(options, *args)
-    return out, (*args, out, lse)
-
-
-def _attention_bwd(options: Options, saved: tuple[Any, ...], dout: Array) -> tuple[Any, ...]:
-    q, k, v, bias, segment_ids, out, lse = saved
-    delta = formulas.row_sums(out, dout)
-    gradients = backward(options, q, k, v, bias, segment_ids, lse, delta, dout)
-    if bias is None:
-        return *gradients, None, None
-    dbias = formulas.bias_gradient(q, k, v, bias, segment_ids, lse, delta, dout, options.mask, options.scale)
-    return *gradients, dbias, None
-
-
-_attention.defvjp(_attention_fwd, _attention_bwd)
