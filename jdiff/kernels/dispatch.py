@@ -13,12 +13,14 @@ from jaxtyping import Array, Float
 
 from jdiff.mesh import BATCH
 
-from . import formulas, grid, masks, reference, tpu
+from . import elsewhere, formulas, grid, masks, reference, tpu
 from .masks import Mask
 from .reference import Segments
 
-IMPLEMENTATIONS = ("reference", "xla", "cudnn", "tpu")
+IMPLEMENTATIONS = ("reference", "xla", "cudnn", "tpu", "mosaic_gpu")
 PLATFORMS = ("cpu", "tpu", "cuda")
+HOMES = {"cudnn": "cuda", "tpu": "tpu", "mosaic_gpu": "cuda"}  # the platform of those that have one
+MOSAIC_GPU_SINCE = (0, 12)  # JAX whose Mosaic GPU, which changes from week to week, compiles the kernel
 
 
 class Choice(NamedTuple):
@@ -48,6 +50,8 @@ def choice(
             raise ValueError(
                 f"attention: unknown implementation {implementation!r}; one of {', '.join(IMPLEMENTATIONS)}"
             )
+        if (home := HOMES.get(implementation, platform)) != platform:
+            raise ValueError(_not_at_home(implementation, home, platform))
         if reason := _refusal(implementation, q_shape, k_shape, dtype, mask, masked):
             raise ValueError(f"attention: implementation {implementation!r} was asked for, but {reason}")
         return Choice(implementation, "it was asked for")
@@ -59,6 +63,13 @@ def choice(
     if reason := _refusal(kernel, q_shape, k_shape, dtype, mask, masked):
         return Choice("xla", f"{reason}: XLA's attention is taken")
     return Choice(kernel, "the Pallas kernel serves it" if kernel == "tpu" else "cuDNN's flash attention serves it")
+
+
+def _not_at_home(implementation: str, home: str, platform: str) -> str:
+    return (
+        f"attention: implementation {implementation!r} was asked for, but it is for {home} and the program is for"
+        f" {platform}; leave `implementation` out there, or compile for {home}"
+    )
 
 
 def _refusal(
@@ -82,7 +93,24 @@ def _refusal(
             return f"cuDNN takes a mask with even numbers of tokens only, not {n} x {m}"
         if not _has_cudnn():
             return "cuDNN is not in this process"
+    if path == "mosaic_gpu":
+        if kind not in (jnp.float16, jnp.bfloat16):
+            return f"dtype {kind} has no kernel for Hopper (float16 and bfloat16 have; XLA's attention takes {kind})"
+        if d > 128:
+            return f"head dimension {d} has no kernel for Hopper (1 to 128 have)"
+        if jax.__version_info__ < MOSAIC_GPU_SINCE:
+            return f"it needs JAX {'.'.join(map(str, MOSAIC_GPU_SINCE))} or newer, and this is {jax.__version__}"
+        if wrong := sorted(_capabilities() - {"9.0"}):
+            return f"it is for Hopper, compute capability 9.0, and a GPU here has {', '.join(wrong)}"
     return None
+
+
+def _capabilities() -> set[str]:
+    """The compute capabilities of this process's GPUs; none where it has none, and may compile for one elsewhere."""
+    try:
+        return {device.compute_capability for device in jax.devices("cuda")}
+    except RuntimeError:
+        return set()
 
 
 @functools.cache
@@ -119,7 +147,8 @@ def attention(
         mask: a `masks.Mask` of n queries and m keys; blocks that it empties are skipped by the kernel.
         segment_ids: (queries' (b, n), keys' (b, m)), integers: only equal ids attend.
         scale: of the logits; default 1 / sqrt(d).
-        implementation: "reference", "xla", "cudnn" or "tpu"; it fails where it cannot run.
+        implementation: one of IMPLEMENTATIONS; it fails where it cannot run, at the latest when the program is lowered
+            for another platform.
 
     Returns:
         q's shape and dtype; 0 for a query that attends to nothing.
@@ -129,7 +158,8 @@ def attention(
     """
     check(q, k, v, bias, mask, segment_ids)
     kind = {"mask": mask, "masked": bias is not None or segment_ids is not None, "implementation": implementation}
-    paths = {p: choice(q.shape, k.shape, q.dtype, platform=p, **kind).path for p in PLATFORMS}
+    home = HOMES.get(implementation or "")
+    paths = {p: choice(q.shape, k.shape, q.dtype, platform=home or p, **kind).path for p in PLATFORMS}
 
     def run(q: Array, k: Array, v: Array, bias: Array | None, segment_ids: Segments | None) -> Array:
         def branch(path: str) -> Callable[..., Array]:
@@ -137,12 +167,15 @@ def attention(
                 q, k, v, bias=bias, mask=mask, segment_ids=segment_ids, scale=scale
             )
 
+        def refusal(platform: str) -> Callable[..., Array]:
+            message = _not_at_home(paths[platform], str(home), platform)
+            return lambda q, *_: elsewhere.refuse(message, q)
+
         args = (q, k, v, bias, segment_ids)
-        if len(set(paths.values())) == 1:
+        if home is None and len(set(paths.values())) == 1:
             return branch(paths["cpu"])(*args)
-        return jax.lax.platform_dependent(
-            *args, tpu=branch(paths["tpu"]), cuda=branch(paths["cuda"]), default=branch(paths["cpu"])
-        )
+        branches = {p: branch(paths[p]) if home in (None, p) else refusal(p) for p in PLATFORMS}
+        return jax.lax.platform_dependent(*args, default=branches.pop("cpu"), **branches)
 
     return on_mesh(run, q, k, v, bias, segment_ids)
 
@@ -187,11 +220,18 @@ def _jax(q: Array, k: Array, v: Array, *, implementation: Literal["xla", "cudnn"
     return jnp.where(allowed.any(axis=-1)[:, 0, :, None, None], out, jnp.zeros_like(out))
 
 
+def _mosaic_gpu(*args: Any, **kind: Any) -> Array:
+    from . import gpu  # Mosaic GPU is imported where it is asked for: not every JAX has what it needs
+
+    return gpu.attention(*args, **kind)
+
+
 _PATHS: dict[str, Callable[..., Array]] = {
     "reference": reference.attention,
     "xla": functools.partial(_jax, implementation="xla"),
     "cudnn": functools.partial(_jax, implementation="cudnn"),
     "tpu": tpu.attention,
+    "mosaic_gpu": _mosaic_gpu,
 }
 
 

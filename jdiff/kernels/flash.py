@@ -55,8 +55,8 @@ def attention(
     bias: Array | None,
     segment_ids: Any,
 ) -> Array:
-    """Attention by forward(options, q, k, v, bias, segment_ids) -> (out, lse), its gradient by backward(..., lse, delta,
-    dout) -> (dq, dk, dv); that of a bias is XLA's."""
+    """Attention by forward(options, q, k, v, bias, segment_ids) -> (out, lse), and its gradient by
+    backward(..., lse, delta, dout) -> (dq, dk, dv); that of a bias is XLA's."""
     return forward(options, q, k, v, bias, segment_ids)[0]
 
 

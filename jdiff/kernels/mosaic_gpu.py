@@ -13,20 +13,22 @@ and the layouts of registers.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.experimental.pallas import mosaic_gpu
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from . import flash, grid, masks, softmax
 from .flash import Options
 from .masks import EMPTY
+
+plgpu: Any = mosaic_gpu  # whose signatures are not the same in any two versions
 
 TILE = 64  # rows of a warpgroup
 COMPUTE = 2  # warpgroups that compute
@@ -180,7 +182,7 @@ _BUFFERS: dict[Kernel, tuple[tuple[str, ...], tuple[str, ...], dict[str, str]]] 
 
 # ---------------------------------------------------------------------------------------------------------- the call
 def call(
-    kernel: Kernel, options: Options, by: str, inputs: dict[str, Array], outputs: dict[str, DTypeLike]
+    kernel: Kernel, options: Options, by: str, inputs: dict[str, Array], outputs: Mapping[str, DTypeLike]
 ) -> tuple[Array, ...]:
     """Run `kernel` on padded inputs, over the mask's blocks by rows (by = "q") or by columns (by = "k")."""
     cut = masks.blocks(options.mask, *options.block)
@@ -193,16 +195,18 @@ def call(
     owned, met, ways = _BUFFERS[kernel]
 
     def body(start: Any, inner: Any, pattern: Any, *refs: Any) -> None:
-        *refs, own_buffers, ring, loaded, ready, free = refs
-        arrays = dict(zip([*inputs, *outputs], refs, strict=True))
+        *whole, own_buffers, ring, loaded, ready, free = refs
+        arrays = dict(zip([*inputs, *outputs], whole, strict=True))
         group, row = lax.axis_index("group"), lax.axis_index("row")
         first, last = start[row], start[row + 1]
         at = {"b": lax.axis_index("batch"), "h": lax.axis_index("head"), "X": pl.ds(group * TILE, TILE)}
         at["x"] = pl.ds(row * OWNED + group * TILE, TILE)
 
+        slot_of = lambda t: lax.rem(t - first, jnp.int32(STAGES))
+
         def meet(t: Any) -> tuple[Any, Part]:
             """The slot of the ring that step t uses, and its part."""
-            slot = lax.rem(t - first, STAGES)
+            slot = slot_of(t)
             here = at | {"y": pl.ds(inner[t] * width, width), "p": pattern[t]}
             return slot, Part(by, here, arrays, {name: ref.at[slot] for name, ref in ring.items()}, options)
 
@@ -221,7 +225,7 @@ def call(
                     plgpu.copy_gmem_to_smem(part.ref(name), part.buffers[name], ready.at[slot])
 
             lax.fori_loop(first, last, fill, None)
-            drain = lambda t, _: plgpu.barrier_wait(free.at[lax.rem(t - first, STAGES)])
+            drain = lambda t, _: plgpu.barrier_wait(free.at[slot_of(t)])
             lax.fori_loop(jnp.maximum(first, last - STAGES), last, drain, None)
 
         @pl.when(group < COMPUTE)
@@ -252,8 +256,9 @@ def call(
     def buffer(name: str, count: int, tokens: int) -> Any:
         if name in ("lse", "delta"):
             return plgpu.SMEM((count, tokens), jnp.float32)
-        tiled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-        return plgpu.SMEM((count, tokens, d), inputs[name].dtype, transforms=tiled)
+        dtype = inputs[name].dtype
+        tiled = (plgpu.TilingTransform((8, 128 // dtype.itemsize)), plgpu.SwizzleTransform(128))
+        return plgpu.SMEM((count, tokens, d), dtype, transforms=tiled)
 
     pairs = b * h * int((kind != EMPTY).sum()) * options.block[0] * options.block[1]
     # JAX 0.10, where the kernel can be interpreted but not compiled, does not take a cost
