@@ -17,7 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from test_kernels import arrays, gradients, hollow
 
 from jdiff import kernels
-from jdiff.kernels import dispatch, gpu, grid, masks, mosaic_gpu, reference
+from jdiff.kernels import dispatch, gpu, grid, masks, reference
 
 PRIVATE = "jax._src.pallas.mosaic_gpu.interpret.params"  # JAX 0.10 has no public door
 Params = (
@@ -30,14 +30,14 @@ Params = (
 CASES = {
     "one": ((1, 1, 1, 1, 8), jnp.float32, {}),
     "rounds of the ring": ((1, 1, 130, 500, 64), jnp.float32, {"scale": 0.05}),
-    "bfloat16": ((1, 2, 140, 200, 72), jnp.bfloat16, {"bias": (1, 1), "segments": True}),
+    "bfloat16": ((2, 2, 140, 200, 72), jnp.bfloat16, {"bias": (1, 2), "segments": True}),
     "float16": ((1, 1, 256, 256, 128), jnp.float16, {"mask": masks.window((16, 16), 4.0)}),
-    "hollow": ((2, 1, 300, 200, 16), jnp.float32, {"mask": hollow(300, 200), "bias": (2, 1), "segments": True}),
+    "hollow": ((1, 1, 140, 200, 16), jnp.float32, {"mask": hollow(140, 200), "bias": (1, 1), "segments": True}),
     "block-causal": ((1, 1, 300, 300, 64), jnp.float32, {"mask": masks.block_causal(300, 90)}),
     "window 3-D, text": ((1, 1, 266, 266, 64), jnp.float32, {"mask": masks.window((4, 8, 8), 2.5, text=10)}),
     "logits of 1e4": ((1, 1, 130, 130, 16), jnp.float32, {"size": 70.0}),
 }
-QUICK = ("one", "bfloat16")
+QUICK = ("one", "hollow")
 
 
 def case(name):
@@ -58,3 +58,89 @@ def test_kernel_is_the_reference(name):
     for a, c in zip(got, want, strict=True):
         assert a.dtype == (jnp.float32 if a.shape[-1] != args[0].shape[-1] else args[0].dtype)
         np.testing.assert_allclose(a.astype(jnp.float64), c, atol=relative * max(1.0, float(np.abs(c).max())))
+
+
+def test_vmap():
+    q, k, v = (jax.random.normal(jax.random.key(i), (3, 1, 20, 1, 8), jnp.float32) for i in range(3))
+    out = jax.vmap(functools.partial(gpu.attention, interpret=Params()))(q, k, v)
+    np.testing.assert_allclose(out, jax.vmap(reference.attention)(q, k, v), atol=1e-5)
+
+
+def test_rows_list_the_blocks_that_are_not_empty():
+    kind = masks.blocks(hollow(300, 200), 128, 64).kind
+    rows = grid.rows(kind)
+    met = [rows.inner[a:c].tolist() for a, c in zip(rows.start[:-1], rows.start[1:], strict=True)]
+    assert met == [np.flatnonzero(row != masks.EMPTY).tolist() for row in kind] and met[0] == []
+    found = [rows.pattern[a:c].tolist() for a, c in zip(rows.start[:-1], rows.start[1:], strict=True)]
+    assert found == [row[row != masks.EMPTY].tolist() for row in kind]
+
+
+# ---------------------------------------------------------------------------------------------------------- dispatch
+ask = functools.partial(kernels.choice, (2, 256, 16, 72), platform="cuda", implementation="mosaic_gpu")
+
+
+def test_it_is_taken_where_it_is_asked_for(monkeypatch):
+    monkeypatch.setattr(dispatch, "MOSAIC_GPU_SINCE", (0, 10))
+    assert ask() == ("mosaic_gpu", "it was asked for")
+    assert kernels.choice((2, 256, 16, 72), platform="cuda").path == "xla"  # not measured: not a default
+    for change, match in (
+        ({"platform": "cpu"}, r"'mosaic_gpu' was asked for, but it is for cuda and the program is for cpu"),
+        ({"platform": "tpu"}, r"is for cuda and the program is for tpu; leave `implementation` out there"),
+        ({"platform": "cuda", "implementation": "tpu"}, r"'tpu' was asked for, but it is for tpu and the program is"),
+        (
+            {"dtype": jnp.float32},
+            r"float32 has no kernel for Hopper \(float16 and bfloat16 have; XLA",
+        ),
+        ({"q_shape": (2, 256, 16, 256)}, r"head dimension 256 has no kernel for Hopper \(1 to 128 have\)"),
+    ):
+        options = {"q_shape": (2, 256, 16, 72), "platform": "cuda", "implementation": "mosaic_gpu"} | change
+        with pytest.raises(ValueError, match=match):
+            kernels.choice(**options)
+    monkeypatch.setattr(dispatch, "_capabilities", lambda: {"8.0", "9.0"})
+    with pytest.raises(ValueError, match=r"is for Hopper, compute capability 9.0, and a GPU here has 8.0"):
+        ask()
+    monkeypatch.setattr(dispatch, "MOSAIC_GPU_SINCE", (99, 0))
+    with pytest.raises(ValueError, match=r"it needs JAX 99.0 or newer, and this is \d"):
+        ask()
+
+
+@pytest.mark.parametrize("wrap", [jax.jit, lambda f: f, lambda f: jax.grad(lambda q: f(q).sum()), jax.vmap])
+def test_another_platform_is_told_so(wrap):
+    """Traced anywhere; refused where it is lowered for a platform that is not its own, with the reason."""
+    q = jnp.zeros((1, 1, 64, 1, 64), jnp.float32)
+    q = q if wrap is jax.vmap else q[0]
+    fn = wrap(lambda q: kernels.attention(q, q, q, implementation="tpu"))
+    with pytest.raises(ValueError, match=r"'tpu' was asked for, but it is for tpu and the program is for cpu"):
+        fn(q)
+    text = jax.jit(fn).trace(q).lower(lowering_platforms=("tpu",)).as_text()
+    assert "tpu_custom_call" in text and "another_platform" not in text
+
+
+# ----------------------------------------------------------------------------------------------- ahead of time
+WHEELS = ("jax_cuda13_plugin", "jax_plugins.xla_cuda13", "nvidia.cu13")
+
+
+def has_compiler():
+    try:
+        return jax.__version_info__ >= dispatch.MOSAIC_GPU_SINCE and all(map(importlib.util.find_spec, WHEELS))
+    except ModuleNotFoundError:
+        return False
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not has_compiler(), reason="the CUDA plugin and compiler are not installed: see docs/kernels.md")
+def test_kernels_compile_for_an_h200():
+    """By Mosaic GPU and NVIDIA's ptxas; nothing is run."""
+    root = Path(__file__).parent.parent
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(root), environment.get("PYTHONPATH", "")])
+    command = [sys.executable, "tests/aot_kernels_gpu.py"]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(lines) == 8
+    for line in lines:
+        assert line.get("kernels") == 3 and len(line["each"]) == 3, line  # forward, dq, and dk with dv
+        for name, kernel in line["each"].items():
+            assert kernel["target"] == "sm_90a" and kernel["wgmma"] > 0, (line, name)
+            assert kernel["shared memory"] <= 232448 and kernel["spilled"] <= 64, (line, name)
