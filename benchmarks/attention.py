@@ -7,8 +7,9 @@
 
 bfloat16, 16 heads, 16,384 tokens in a batch. The milliseconds of one call are the least of `--repeats` means over ten.
 FLOPs are those of pairs that attend (`kernels.flops`), times 3.5 with the backward pass, for all paths alike: a path
-that computes masked pairs as well is slow by this count. Aims: full attention at 0.8 of cuDNN's, windows at the share
-of work saved. Without an accelerator it says that none was measured, and times the reference and XLA's attention here.
+that computes masked pairs as well is slow by this count. A path that refuses a row says why. Aims: full attention at
+0.8 of cuDNN's, windows at the share of work saved. Without an accelerator it says that none was measured, and times
+the reference and XLA's attention here.
 """
 
 import argparse
@@ -81,7 +82,7 @@ def measure(tokens, dims, repeats, paths, batch_tokens=16384):
                     try:
                         forward, both = (seconds(fn, args, repeats) for fn in programs(mask, path))
                     except Exception as error:  # out of memory, a shape that a library refuses
-                        print(f"{row}   {type(error).__name__}: {str(error)[:60]}", flush=True)
+                        print(f"{row}   {type(error).__name__}: {str(error)[:160]}", flush=True)
                         continue
                     rates = (flops / forward / 1e12, 3.5 * flops / both / 1e12)
                     print(f"{row} {1e3 * forward:9.3f} {rates[0]:8.2f} {1e3 * both:9.3f} {rates[1]:8.2f}", flush=True)
@@ -122,7 +123,7 @@ def main():
     if device.platform == "cpu":
         print("no accelerator here: nothing was measured for TPU or GPU. On this CPU, one sample of 256 tokens:")
         return measure([256], args.dims, args.repeats, ["reference", "xla"], batch_tokens=256)
-    paths = [p for p in kernels.IMPLEMENTATIONS if p in ("xla", "tpu" if device.platform == "tpu" else "cudnn")]
+    paths = ["xla", "tpu"] if device.platform == "tpu" else ["xla", "cudnn", "mosaic_gpu"]
     for d in args.dims:
         platform = "tpu" if device.platform == "tpu" else "cuda"
         print(f"d {d}: by default {kernels.choice((1, 256, HEADS, d), platform=platform)}")

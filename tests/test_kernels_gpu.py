@@ -81,6 +81,7 @@ ask = functools.partial(kernels.choice, (2, 256, 16, 72), platform="cuda", imple
 
 def test_it_is_taken_where_it_is_asked_for(monkeypatch):
     monkeypatch.setattr(dispatch, "MOSAIC_GPU_SINCE", (0, 10))
+    monkeypatch.setattr(dispatch, "_has_cuda", lambda: True)
     assert ask() == ("mosaic_gpu", "it was asked for")
     assert kernels.choice((2, 256, 16, 72), platform="cuda").path == "xla"  # not measured: not a default
     for change, match in (
@@ -98,6 +99,9 @@ def test_it_is_taken_where_it_is_asked_for(monkeypatch):
             kernels.choice(**options)
     monkeypatch.setattr(dispatch, "_capabilities", lambda: {"8.0", "9.0"})
     with pytest.raises(ValueError, match=r"is for Hopper, compute capability 9.0, and a GPU here has 8.0"):
+        ask()
+    monkeypatch.setattr(dispatch, "_has_cuda", lambda: False)
+    with pytest.raises(ValueError, match=r"JAX's CUDA plugin is not here: pip install 'jdiff\[cuda\]'"):
         ask()
     monkeypatch.setattr(dispatch, "MOSAIC_GPU_SINCE", (99, 0))
     with pytest.raises(ValueError, match=r"it needs JAX 99.0 or newer, and this is \d"):

@@ -4,8 +4,8 @@
     net = nets.DiT(..., attention=kernels.attention)
     kernels.choice(q.shape, platform="tpu")                                         # which path, and why
 
-`reference` says what is computed; `tpu` is flash attention in Pallas; `ring` and `ulysses` are for sequences that are
-split over a mesh.
+`reference` says what is computed; `tpu` and `gpu` are flash attention in Pallas, the second taken only by name; `ring`
+and `ulysses` are for sequences that are split over a mesh.
 """
 
 from jdiff.kernels import masks as masks

@@ -98,15 +98,34 @@ def _refusal(
             return f"dtype {kind} has no kernel for Hopper (float16 and bfloat16 have; XLA's attention takes {kind})"
         if d > 128:
             return f"head dimension {d} has no kernel for Hopper (1 to 128 have)"
-        if jax.__version_info__ < MOSAIC_GPU_SINCE:
-            return f"it needs JAX {'.'.join(map(str, MOSAIC_GPU_SINCE))} or newer, and this is {jax.__version__}"
-        if wrong := sorted(_capabilities() - {"9.0"}):
-            return f"it is for Hopper, compute capability 9.0, and a GPU here has {', '.join(wrong)}"
+        return _lacks_hopper()
     return None
 
 
+def _lacks_hopper() -> str | None:
+    """What this process lacks for Mosaic GPU. It need not have a GPU: it may compile for one that is elsewhere."""
+    if jax.__version_info__ < MOSAIC_GPU_SINCE:
+        return f"it needs JAX {'.'.join(map(str, MOSAIC_GPU_SINCE))} or newer, and this is {jax.__version__}"
+    if not _has_cuda():
+        return (
+            "JAX's CUDA plugin is not here: pip install 'jdiff[cuda]', or 'jdiff[aot-gpu]' to compile without a GPU"
+        )
+    if wrong := sorted(_capabilities() - {"9.0"}):
+        return f"it is for Hopper, compute capability 9.0, and a GPU here has {', '.join(wrong)}"
+    return None
+
+
+def _has_cuda() -> bool:
+    try:
+        from jax._src.lib import cuda_versions  # no public door
+
+        return cuda_versions is not None
+    except ImportError:
+        return False
+
+
 def _capabilities() -> set[str]:
-    """The compute capabilities of this process's GPUs; none where it has none, and may compile for one elsewhere."""
+    """The compute capabilities of this process's GPUs."""
     try:
         return {device.compute_capability for device in jax.devices("cuda")}
     except RuntimeError:

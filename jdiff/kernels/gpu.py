@@ -15,7 +15,7 @@ from .flash import Options, pad, whole
 from .masks import Mask
 from .reference import Segments
 
-BLOCK = (mosaic_gpu.OWNED, 128)  # queries, and keys that they meet
+KEYS = (128, 64)  # of a block of the forward pass and of dq's: the second where a mask lets more of them be skipped
 BLOCK_DKV = (64, mosaic_gpu.OWNED)  # fewer are met: two sums, of dk and of dv, are in registers besides the scores
 HEAD = 64  # what the head dimension is padded to a multiple of: a row of 128 bytes of shared memory
 
@@ -29,15 +29,24 @@ def attention(
     mask: Mask | None = None,
     segment_ids: Segments | None = None,
     scale: float | None = None,
+    keys: int | None = None,
     interpret: Any = False,
 ) -> Float[Array, "b n h d"]:
     """`reference.attention` on a Hopper GPU, of bfloat16 or float16 and a head dimension of at most 128.
 
-    interpret: a `plgpu.InterpretGPUParams` runs the kernel's Python on a CPU.
+    keys: of a block, one of KEYS; default by `keys_of_a_block`. interpret: a `plgpu.InterpretGPUParams` runs the
+    kernel's Python on a CPU.
     """
     mask = masks.full(q.shape[1], k.shape[1]) if mask is None else mask
-    options = Options(mask, 1 / math.sqrt(q.shape[-1]) if scale is None else scale, BLOCK, interpret)
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    options = Options(mask, scale, (mosaic_gpu.OWNED, keys or keys_of_a_block(mask)), interpret)
     return flash.attention(forward, backward, options, q, k, v, bias, segment_ids)
+
+
+def keys_of_a_block(mask: Mask) -> int:
+    """So that least is computed, a block counted as 32 keys longer than it is. (The 32 has not been measured.)"""
+    blocks = lambda keys: int((masks.blocks(mask, mosaic_gpu.OWNED, keys).kind != masks.EMPTY).sum())
+    return KEYS[0] if mask.whole else min(KEYS, key=lambda keys: blocks(keys) * (keys + 32))
 
 
 def _inputs(q: Array, k: Array, v: Array, bias: Array | None, segs: Any) -> dict[str, Array]:
