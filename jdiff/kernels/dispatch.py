@@ -107,9 +107,7 @@ def _lacks_hopper() -> str | None:
     if jax.__version_info__ < MOSAIC_GPU_SINCE:
         return f"it needs JAX {'.'.join(map(str, MOSAIC_GPU_SINCE))} or newer, and this is {jax.__version__}"
     if not _has_cuda():
-        return (
-            "JAX's CUDA plugin is not here: pip install 'jdiff[cuda]', or 'jdiff[aot-gpu]' to compile without a GPU"
-        )
+        return "JAX's CUDA plugin is not here: pip install 'jdiff[cuda]', or 'jdiff[aot-gpu]' to compile without a GPU"
     if wrong := sorted(_capabilities() - {"9.0"}):
         return f"it is for Hopper, compute capability 9.0, and a GPU here has {', '.join(wrong)}"
     return None
