@@ -193,3 +193,41 @@ def constrain(x: Array, *axes: str | tuple[str, ...] | None) -> Array:
         names = tuple(a for a in ((names,) if isinstance(names, str) else names or ()) if a in shape)
         kept.append(names if n % math.prod(shape[a] for a in names) == 0 else None)
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*kept))
+
+
+# ------------------------------------------------------------------------------------- products with split kernels
+def rows_split(x: Array, kernel: Array, *args: Any, **options: Any) -> Array:
+    """`jax.lax.dot_general` of rows x (n, d) and a kernel (d, k) whose d lies on fsdp, n on data and fsdp.
+
+    Every device gathers the kernel, and for the backward pass again; the sum of its gradient over the devices is split
+    as it is made. Written out, for the compiler of TPUs makes whole sums of it, twice the bytes, where a device's part
+    of d is no multiple of a tile's rows (1152 over 128: 9): rows of 128 numbers are sent, behind an axis of devices.
+    Where fsdp does not divide, or tensor or sequence have a part in it, the compiler is left to it.
+    """
+    return _gathered(0, x, kernel, *args, **options)
+
+
+def columns_split(x: Array, kernel: Array, *args: Any, **options: Any) -> Array:
+    """As `rows_split`, of a kernel whose k lies on fsdp."""
+    return _gathered(1, x, kernel, *args, **options)
+
+
+def _gathered(axis: int, x: Array, kernel: Array, dims: Any, **options: Any) -> Array:
+    mesh = jax.sharding.get_abstract_mesh()
+    fsdp, parts = mesh.shape.get("fsdp", 1), math.prod(mesh.shape.get(a, 1) for a in BATCH)
+    plain = fsdp == 1 or parts != mesh.size or mesh.are_all_axes_explicit or mesh.manual_axes
+    if plain or x.ndim != 2 or x.shape[0] % parts or kernel.shape[axis] % fsdp:
+        return jax.lax.dot_general(x, kernel, dims, **options)
+    other = kernel.shape[1 - axis]
+    part = kernel.shape[axis] // fsdp, other
+    sent = (-1, 128) if math.prod(part) % 128 == 0 else part
+
+    def local(x: Array, kernel: Array) -> Array:
+        mine = (kernel if axis == 0 else kernel.T).reshape(sent)
+        whole = jax.lax.all_gather(mine, "fsdp").reshape(-1, other)
+        return jax.lax.dot_general(x, whole, (((1,), (axis,)), ((), ())), **options)
+
+    split = PartitionSpec(*(("fsdp", None) if axis == 0 else (None, "fsdp")))
+    again = jax.checkpoint(local, prevent_cse=False)  # else the gathered kernel would wait for the backward pass
+    rows = PartitionSpec(BATCH)
+    return jax.shard_map(again, in_specs=(rows, split), out_specs=rows, check_vma=False)(x, kernel)

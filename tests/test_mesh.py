@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jdiff
-from jdiff import losses, mesh, nets, process, solvers, times, train
+from jdiff import losses, mesh, nets, plan, process, solvers, times, train
 from jdiff.recipe import NetCall
 from jdiff.train import TrainConfig
 
@@ -92,6 +92,29 @@ def test_what_does_not_divide_is_named():
         mesh.check(mesh.make("sequence=8"), net(patch=4), 8)
 
 
+@pytest.mark.parametrize(
+    ("product", "split", "shape"),
+    [(mesh.rows_split, ("fsdp",), (64, 24)), (mesh.columns_split, (None, "fsdp"), (24, 12))],  # 128 at a time, or not
+)
+def test_products_with_split_kernels(product, split, shape):
+    """Value, tangent and gradients against float64 NumPy; the kernel is gathered, its gradient scattered."""
+    m, rng = mesh.make("data=2,fsdp=4"), np.random.default_rng(0)
+    x, w, g = (rng.normal(size=n) for n in ((16, shape[0]), shape, (16, shape[1])))
+    put = lambda a, *axes: jax.device_put(a.astype(np.float32), NamedSharding(m, PartitionSpec(*axes)))
+    dot = lambda x, w: product(x, w, (((1,), (0,)), ((), ())), precision="highest")
+    args, weight = (put(x, mesh.BATCH), put(w, *split)), put(g, mesh.BATCH)
+    grads = jax.jit(mesh.on(m, jax.grad(lambda a: (dot(*a) * weight).sum()))).lower(args).compile()
+    value, tangent = jax.jit(mesh.on(m, lambda a: jax.jvp(dot, a, a)))(args)
+    np.testing.assert_allclose(value, x @ w, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(tangent, 2 * x @ w, rtol=1e-5, atol=1e-5)
+    for got, want in zip(grads(args), (g @ w.T, x.T @ g), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+    assert grads(args)[1].sharding.spec == PartitionSpec(*split)
+    moved = plan.hlo.Program(grads.as_text()).moved(dict(m.shape))
+    over = {kind: size for (kind, axes), size in moved.collectives.items() if axes == "fsdp"}
+    assert over == {"all-gather": w.size * 4 * 3 / 4, "reduce-scatter": w.size * 4 * 3 / 4}
+
+
 @pytest.fixture(scope="module")
 def setting():
     """A net with no zeros left, a loss and a batch of 16."""
@@ -118,7 +141,7 @@ def alone(setting):
     return jax.jit(step)(state, train.meter(), data, jnp.uint32(0))
 
 
-@pytest.mark.parametrize("axes", ["data=2,fsdp=2,tensor=2", "tensor=2,sequence=4"])
+@pytest.mark.parametrize("axes", ["data=2,fsdp=2,tensor=2", "tensor=2,sequence=4", "data=2,fsdp=4"])
 def test_a_step_on_any_mesh_is_that_of_one_device(setting, alone, axes):
     model, _, step, state, data = setting
     m = mesh.explicit(mesh.make(axes))

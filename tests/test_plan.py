@@ -112,6 +112,20 @@ def test_a_collective_spread_over_fusions_counts_once_and_loops_by_their_steps()
     assert found.collectives == {("all-gather", "fsdp"): 3 * 32, ("all-reduce", "data"): 3 * 32}
 
 
+def test_collectives_of_one_channel_are_told_apart_by_their_chains():
+    """As of shard_map: the first gather spread over two fusions as above, a second one of the channel in the loop."""
+    head, more, rest = SPREAD.partition("%more")
+    chained = lambda text, n: text.replace(
+        "dimensions={0}", f'dimensions={{0}}, frontend_attributes={{chain_id="{n}"}}'
+    )
+    one = chained(SPREAD, 0)
+    assert hlo.Program(one).moved(AXES).counts["all-gather", "fsdp"] == 1
+    again = chained(head.partition("\n\n")[2].replace("%start", "%again"), 1)
+    two = chained(head, 0) + again + chained(more + rest.replace("calls=%more", "calls=%again"), 0)
+    found = hlo.Program(two).moved(AXES)
+    assert found.counts["all-gather", "fsdp"] == 1 + 3
+
+
 @pytest.mark.parametrize(
     ("groups", "want"),
     [
