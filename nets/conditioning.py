@@ -12,8 +12,6 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from jdiff.mesh import BATCH, constrain
-
 from .layers import Linear, xavier
 
 
@@ -96,9 +94,7 @@ class Conditioning(nnx.Module):
             told = label.astype(jnp.float32).reshape(-1, *(1,) * (t.ndim - 1), label.shape[-1])
         if self.labels_first:
             return self.time_out(jax.nn.silu(self.time_in(c + told)))
-        rest = (None,) * (c.ndim - 1)
-        h = constrain(jax.nn.silu(self.time_in(constrain(c, BATCH, *rest))), BATCH, *rest)
-        return constrain(self.time_out(h), BATCH, *rest) + told
+        return self.time_out(jax.nn.silu(self.time_in(c))) + told
 
     def waves(self, t: Float[Array, "*shape"]) -> Float[Array, "*shape f"]:
         """Cosines, then sines, of the time."""
