@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jdiff import cli, mesh, nets
-from jdiff.plan import CHIPS, PlanConfig, chips, command, hlo, plan, program, report, table
+from jdiff.plan import CHIPS, PlanConfig, chips, command, hlo, kept, plan, program, report, table
 from jdiff.plan.estimate import Plan, _out_of_memory
 
 TINY = PlanConfig(
@@ -329,6 +329,21 @@ def test_without_the_compiler_it_says_what_to_install(monkeypatch, capsys):
     monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None)
     assert cli.main(["plan", "--topology", "v5e:4x4"]) == 2
     assert "pip install 'jdiff[aot]'" in capsys.readouterr().err
+
+
+def test_a_compiled_program_is_kept(monkeypatch, tmp_path):
+    """The second time nothing is compiled; another program, or compiler, is another file; no folder, no keeping."""
+    lower = lambda n: jax.jit(lambda x: jnp.sin(x) @ x).lower(jax.ShapeDtypeStruct((n, n), jnp.float32))
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
+    first, again = (kept.compiled(lower(8), "cpu:8") for _ in range(2))
+    assert first.text == again.text and first.seconds > 0 and again.seconds == 0
+    assert all(getattr(first.sizes, name) == getattr(again.sizes, name) for name in kept.SIZES)
+    assert kept.compiled(lower(9), "cpu:8").seconds > 0 and kept.compiled(lower(8), "v5e:2x2").seconds > 0
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", "--another")
+    assert kept.compiled(lower(8), "cpu:8").seconds > 0
+    assert len(list((tmp_path / "cache").iterdir())) == 4
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    assert kept.compiled(lower(8), "cpu:8").seconds > 0
 
 
 def test_a_compiler_that_dies_or_hangs_is_one_line(monkeypatch, tmp_path):

@@ -14,8 +14,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-import jax
-
 SIZES = ("argument_size_in_bytes", "output_size_in_bytes", "alias_size_in_bytes", "temp_size_in_bytes")
 
 
@@ -46,7 +44,7 @@ def compiled(lowered: Any, topology: str) -> Compiled:
 
 
 def _path(lowered: Any, topology: str) -> Path | None:
-    if not (folder := jax.config.jax_compilation_cache_dir):
+    if not (folder := os.environ.get("JAX_COMPILATION_CACHE_DIR")):
         return None
     names = ("jax", "jaxlib", "libtpu")
     versions = [d.version for d in importlib.metadata.distributions() if d.name in names]
