@@ -11,7 +11,8 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jdiff
-from jdiff import losses, mesh, nets, plan, process, solvers, times, train
+from jdiff import losses, mesh, nets, process, solvers, times, train
+from jdiff.plan import hlo
 from jdiff.recipe import NetCall
 from jdiff.train import TrainConfig
 
@@ -38,7 +39,8 @@ def test_sizes():
 @pytest.mark.parametrize(
     ("axes", "match"),
     [
-        ("data=3", r"mesh data 3 does not multiply to the 8 devices"),
+        ("data=3", r"mesh data 3 does not multiply to the 8 devices \(data=8 would\); write"),
+        ("data=3,fsdp=2", r"mesh data 3 x fsdp 2 does not multiply to the 8 devices \(data=4 would\)"),
         ("data=-1,fsdp=3", r"does not multiply to the 8 devices"),
         ("data=2,model=4", r"unknown axis 'model'; expected one of data, fsdp, tensor, sequence"),
         ("data", r"cannot read 'data='; expected axis=size"),
@@ -82,11 +84,13 @@ def test_the_rules_reach_every_large_parameter(name):
 def test_what_does_not_divide_is_named():
     m, model = mesh.make("fsdp=8"), net(width=36, heads=3)
     params = jax.eval_shape(lambda: nnx.to_pure_dict(nnx.state(model)))
-    with pytest.raises(ValueError, match=r"blocks/attention/out/kernel \(2, 36, 36\): 36 by fsdp = 8 \(6 or 9 would\)"):
+    with pytest.raises(ValueError, match=r"36 by fsdp = 8 \(fsdp = 4 would\), of blocks/attention/out/kernel \(2, 36"):
         mesh.shardings(m, model, params)
+    with pytest.raises(ValueError, match=r"(?s)batch 13 .*nearest is 16\. the mesh does not divide 36 by fsdp = 8"):
+        mesh.check(m, model, 13, params)
     with pytest.raises(ValueError, match=r"batch 13 .* 8 devices; the nearest is 16"):
         mesh.check(m, net(), 13)
-    with pytest.raises(ValueError, match=r"heads 4 is not divisible by tensor = 8; the nearest is 8"):
+    with pytest.raises(ValueError, match=r"heads 4 is not divisible by tensor = 8; the nearest is 8, or tensor = 4"):
         mesh.check(mesh.make("tensor=8"), net(), 8)
     with pytest.raises(ValueError, match=r"tokens 4 is not divisible by sequence = 8"):
         mesh.check(mesh.make("sequence=8"), net(patch=4), 8)
@@ -110,7 +114,7 @@ def test_products_with_split_kernels(product, split, shape):
     for got, want in zip(grads(args), (g @ w.T, x.T @ g), strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
     assert grads(args)[1].sharding.spec == PartitionSpec(*split)
-    moved = plan.hlo.Program(grads.as_text()).moved(dict(m.shape))
+    moved = hlo.Program(grads.as_text()).moved(dict(m.shape))
     over = {kind: size for (kind, axes), size in moved.collectives.items() if axes == "fsdp"}
     assert over == {"all-gather": w.size * 4 * 3 / 4, "reduce-scatter": w.size * 4 * 3 / 4}
 

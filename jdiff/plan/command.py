@@ -24,6 +24,7 @@ LIBTPU = {
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_WORKER_ID": "0",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # two plans at once
+    "JAX_ENABLE_COMPILATION_CACHE": "0",  # which writes programs for absent devices and cannot read them; see `kept`
     "TF_CPP_MIN_LOG_LEVEL": "2",
     "TPU_MIN_LOG_LEVEL": "3",
     "TPU_STDERR_LOG_LEVEL": "3",

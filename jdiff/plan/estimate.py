@@ -147,4 +147,6 @@ def find_devices(topology: chips.Topology) -> list[Any]:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **one).devices)
     except Exception as error:  # libtpu's own, of no public kind
         reason = str(error).strip().split("\n")[0][:200]
-        raise ValueError(f"the TPU compiler knows no topology {topology.name}: {reason}") from error
+        raise ValueError(
+            f"the TPU compiler knows no topology {topology.name}; known: {chips.known()} ({reason})"
+        ) from error
