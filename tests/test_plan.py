@@ -377,6 +377,23 @@ def test_candidates_and_the_remedy(monkeypatch, planned):
     assert "none of these does" in nothing
 
 
+def test_a_sweep_is_a_table_and_what_was_refused(monkeypatch, planned, tmp_path, capsys):
+    def compiled(config, timeout):
+        if config.mesh == "fsdp=3":
+            raise ValueError("mesh fsdp 3 does not multiply")
+        seconds = {"arithmetic": 0.1, "memory": 0.1, "links": 0.2 if config.mesh == "data=4" else 0.3}
+        return dataclasses.replace(planned, config=config, seconds=seconds)
+
+    monkeypatch.setattr(command, "plan", compiled)
+    where = ["--topology", "v5e:2x2", "--meshes", "data=4", "fsdp=4", "fsdp=3", "--remats", "none"]
+    assert cli.main(["plan", "--sweep", *where, "--out", str(tmp_path / "t.md")]) == 0
+    said = capsys.readouterr()
+    assert said.out == (tmp_path / "t.md").read_text() and "3/3" in said.err
+    head, _, first, second, empty, refused = said.out.splitlines()
+    assert "mesh" in head and "(best)" in first and "data=4" in first and "(best)" not in second and not empty
+    assert refused.startswith("- ") and "mesh fsdp=3" in refused and "does not multiply" in refused
+
+
 def test_the_table_of_chips():
     assert chips.parse("v5e:16x16") == ("v5e", (16, 16)) and chips.parse("v5p:8x8x8").name == "v5p:8x8x8"
     for chip in CHIPS.values():
