@@ -29,7 +29,7 @@ from kill_resume import differences, logged, rows, wait
 if TYPE_CHECKING:
     from jdiff.train import TrainConfig
 
-EVERY, HEARTBEAT = 6, 20
+EVERY, HEARTBEAT, JOINING = 6, 20, 60
 
 
 def config(out: str, steps: int, mesh: str, batch: int = 16) -> "TrainConfig":
@@ -49,7 +49,7 @@ def child(out: str, steps: int, processes: str, mesh: str, batch: int) -> int:
     from jdiff.train import train
 
     try:
-        pod.start(processes, heartbeat=HEARTBEAT)
+        pod.start(processes, heartbeat=HEARTBEAT, joining=JOINING)
         train(config(out, steps, mesh, batch))
     except pod.Preempted:
         return 143
