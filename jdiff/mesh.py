@@ -214,7 +214,8 @@ def rows_split(x: Array, kernel: Array, *args: Any, **options: Any) -> Array:
     Every device gathers the kernel, and for the backward pass again; the sum of its gradient over the devices is split
     as it is made. Written out, for the compiler of TPUs makes whole sums of it, twice the bytes, where a device's part
     of d is no multiple of a tile's rows (1152 over 128: 9): rows of 128 numbers are sent, behind an axis of devices.
-    Where fsdp does not divide, or tensor or sequence have a part in it, the compiler is left to it.
+    The compiler is left to it where fsdp does not divide, where tensor or sequence have a part in it, and where fsdp is
+    the whole mesh: over a whole torus it makes whole sums of any scattered one, but has products in steps of its own.
     """
     return _gathered(0, x, kernel, *args, **options)
 
@@ -227,7 +228,7 @@ def columns_split(x: Array, kernel: Array, *args: Any, **options: Any) -> Array:
 def _gathered(axis: int, x: Array, kernel: Array, dims: Any, **options: Any) -> Array:
     mesh = jax.sharding.get_abstract_mesh()
     fsdp, parts = mesh.shape.get("fsdp", 1), math.prod(mesh.shape.get(a, 1) for a in BATCH)
-    plain = fsdp == 1 or parts != mesh.size or mesh.are_all_axes_explicit or mesh.manual_axes
+    plain = fsdp in (1, mesh.size) or parts != mesh.size or mesh.are_all_axes_explicit or mesh.manual_axes
     if plain or x.ndim != 2 or x.shape[0] % parts or kernel.shape[axis] % fsdp:
         return jax.lax.dot_general(x, kernel, dims, **options)
     other = kernel.shape[1 - axis]

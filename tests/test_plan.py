@@ -3,7 +3,9 @@
 import dataclasses
 import functools
 import importlib.util
+import os
 import re
+import subprocess
 import sys
 
 import jax
@@ -254,6 +256,32 @@ def test_a_tpu_receives_little_more_than_it_must():
     assert 1 <= received / ideal < 1.2, found.collectives
     assert found.fits and found.capacity == 95 * 2**30 and 0 < found.at_least < found.at_most < 1e-3
     assert abs(found.flops / found.useful - 1) < 0.02
+
+
+SPLIT = """
+import jax, jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec as P
+from jdiff import mesh
+from jdiff.plan import chips, estimate, hlo
+m = mesh.make("data=4,fsdp=128", estimate.find_devices(chips.parse("v5p:8x8x8")))
+put = lambda shape, *axes: jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(m, P(*axes)))
+dot = lambda x, w: mesh.rows_split(x, w, (((1,), (0,)), ((), ()))).astype(jnp.float32).sum()
+args = put((512 * 256, 1152), mesh.BATCH), put((1152, 3456), "fsdp")
+moved = hlo.Program(jax.jit(mesh.on(m, jax.grad(dot, 1))).lower(*args).compile().as_text()).moved(dict(m.shape))
+least = 1152 * 3456 * 2 * 127 / 128
+over = {kind: size / least for (kind, axes), size in moved.collectives.items() if axes == "fsdp"}
+assert over.get("all-reduce", 0) < 0.01 and 1 <= over["reduce-scatter"] and sum(over.values()) < 1.1, over
+"""
+
+
+@pytest.mark.long
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs TPU's compiler: jdiff[aot]")
+def test_gradients_are_scattered_where_a_part_is_no_multiple_of_a_tile():
+    """DiT-XL/2's kernel on 128 chips, 9 rows each: not summed whole, and with little padding."""
+    env = {**os.environ, **command.LIBTPU}
+    env.pop("XLA_FLAGS", None)
+    done = subprocess.run([sys.executable, "-c", SPLIT], env=env, capture_output=True, text=True, timeout=230)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_rematerialisation_costs_flops_and_keeps_less(planned):
