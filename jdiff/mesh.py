@@ -214,8 +214,8 @@ def rows_split(x: Array, kernel: Array, *args: Any, **options: Any) -> Array:
     Every device gathers the kernel, and for the backward pass again; the sum of its gradient over the devices is split
     as it is made. Written out, for the compiler of TPUs makes whole sums of it, twice the bytes, where a device's part
     of d is no multiple of a tile's rows (1152 over 128: 9): rows of 128 numbers are sent, behind an axis of devices.
-    The compiler is left to it where fsdp does not divide, where tensor or sequence have a part in it, and where fsdp is
-    the whole mesh: over a whole torus it makes whole sums of any scattered one, but has products in steps of its own.
+    Where fsdp is the whole mesh, in two steps of as many bytes: it makes whole sums of any that spans a whole torus.
+    Where fsdp does not divide, or tensor or sequence have a part in it, the compiler is left to it.
     """
     return _gathered(0, x, kernel, *args, **options)
 
@@ -228,16 +228,22 @@ def columns_split(x: Array, kernel: Array, *args: Any, **options: Any) -> Array:
 def _gathered(axis: int, x: Array, kernel: Array, dims: Any, **options: Any) -> Array:
     mesh = jax.sharding.get_abstract_mesh()
     fsdp, parts = mesh.shape.get("fsdp", 1), math.prod(mesh.shape.get(a, 1) for a in BATCH)
-    plain = fsdp in (1, mesh.size) or parts != mesh.size or mesh.are_all_axes_explicit or mesh.manual_axes
+    plain = fsdp == 1 or parts != mesh.size or mesh.are_all_axes_explicit or mesh.manual_axes
     if plain or x.ndim != 2 or x.shape[0] % parts or kernel.shape[axis] % fsdp:
         return jax.lax.dot_general(x, kernel, dims, **options)
     other = kernel.shape[1 - axis]
     part = kernel.shape[axis] // fsdp, other
     sent = (-1, 128) if math.prod(part) % 128 == 0 else part
 
+    a = max(k for k in range(1, math.isqrt(fsdp) + 1) if fsdp % k == 0)
+    grid = np.arange(fsdp).reshape(a, fsdp // a)
+    steps = (grid.tolist(), grid.T.tolist()) if fsdp == mesh.size and a > 1 else (None,)
+
     def local(x: Array, kernel: Array) -> Array:
-        mine = (kernel if axis == 0 else kernel.T).reshape(sent)
-        whole = jax.lax.all_gather(mine, "fsdp").reshape(-1, other)
+        whole = (kernel if axis == 0 else kernel.T).reshape(sent)
+        for groups in steps:
+            whole = jax.lax.all_gather(whole, "fsdp", axis_index_groups=groups)
+        whole = whole.reshape(-1, other)
         return jax.lax.dot_general(x, whole, (((1,), (axis,)), ((), ())), **options)
 
     split = PartitionSpec(*(("fsdp", None) if axis == 0 else (None, "fsdp")))
