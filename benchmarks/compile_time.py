@@ -1,9 +1,11 @@
 """Seconds to compile the training step and the sampler for a TPU topology, without a TPU; and again from the cache.
 
-    python benchmarks/compile_time.py --net DiT-XL/2 --topology v5e:16x16 --mesh data=2,fsdp=128 --batch 2048
+    python benchmarks/compile_time.py --net DiT-XL/2 --topology v5e:16x16 --mesh data=16,fsdp=16 --batch 2048
 
-Each in a process of its own: lowering and compiling, in wall-clock and processor seconds (all threads), the second time
-from JAX's compilation cache. Wants TPU's compiler: pip install 'jdiff[aot]'; cpu:8 does without.
+Each in a process of its own: lowering and compiling, in wall-clock and processor seconds (user and system, of all
+threads), the second time from the cache: JAX's own for cpu:8, and for TPU topologies, which that one does not take,
+that of `jdiff plan`. "whole": the process from its start, imports and all. Wants TPU's compiler: pip install
+'jdiff[aot]'; cpu:8 does without.
 """
 
 import argparse
@@ -21,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 def child(options: dict) -> dict:
     import jax
 
-    from jdiff.plan import PlanConfig, chips, program
+    from jdiff.plan import PlanConfig, chips, kept, program
     from jdiff.plan.estimate import find_devices
 
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
@@ -38,7 +40,7 @@ def child(options: dict) -> dict:
     trace = lap()
     lowered = traced.lower()
     lower = lap()
-    lowered.compile()
+    kept.compiled(lowered, config.topology) if devices[0].platform == "tpu" else lowered.compile()
     return {"trace": trace, "lower": lower, "compile": lap()}
 
 
@@ -50,27 +52,31 @@ def main(options: argparse.Namespace) -> None:
     flags = f"--xla_force_host_platform_device_count={topology.shape[0]}"
     extra = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags} if topology.kind == "cpu" else LIBTPU
     base = {k: getattr(options, k) for k in ("net", "topology", "mesh", "batch", "remat")}
-    print("| program | start | trace, s | lower, s | compile, s | (processor seconds) |\n|---|---|---|---|---|---|")
+    print("| program | start | trace, s | lower, s | compile, s | whole, s | (processor seconds) | load |")
+    print("|---|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as cache:
         for what, more in (("training step", {}), (f"sampler, {options.nfe} evaluations", {"sample": options.nfe})):
             for start in ("first", "second"):
                 env = {**os.environ, **extra, "JAX_COMPILATION_CACHE_DIR": cache}
                 command = [sys.executable, __file__, "--child", json.dumps(base | more)]
+                load, began, before = os.getloadavg()[0], time.perf_counter(), os.times()
                 done = subprocess.run(command, env=env, capture_output=True, text=True)
+                whole, after = time.perf_counter() - began, os.times()
                 if done.returncode:
                     print(f"| {what} | {start} | failed: {done.stderr.strip().splitlines()[-1][:200]} |")
                     break
                 t = json.loads(done.stdout.strip().splitlines()[-1])
                 wall = " | ".join(f"{t[k][0]:.1f}" for k in ("trace", "lower", "compile"))
-                cpu = ", ".join(f"{t[k][1]:.1f}" for k in ("trace", "lower", "compile"))
-                print(f"| {what} | {start} | {wall} | ({cpu}) |", flush=True)
+                used = sum(after[2:4]) - sum(before[2:4])  # of children
+                cpu = ", ".join(f"{s:.1f}" for s in (*(t[k][1] for k in ("trace", "lower", "compile")), used))
+                print(f"| {what} | {start} | {wall} | {whole:.1f} | ({cpu}) | {load:.1f} |", flush=True)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--net", default="DiT-XL/2")
     parser.add_argument("--topology", default="v5e:16x16")
-    parser.add_argument("--mesh", default="data=2,fsdp=128")
+    parser.add_argument("--mesh", default="data=16,fsdp=16")
     parser.add_argument("--batch", type=int, default=2048)
     parser.add_argument("--remat", default="none")
     parser.add_argument("--nfe", type=int, default=50)

@@ -18,7 +18,7 @@ jit over a mesh is what `pmap` has become: put the batch on the mesh, and drop t
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -46,9 +46,13 @@ def make(axes: str | Mapping[str, int] = "", devices: Sequence[Any] | None = Non
         rest = math.prod(n for n in sizes.values() if n != -1)
         sizes[open_axes[0]] = len(devices) // rest if len(devices) % rest == 0 else 0
     if math.prod(sizes.values()) != len(devices) or min(sizes.values()) < 1:
-        shown = " x ".join(f"{name} {n}" for name, n in (parse(axes) or sizes).items())
+        asked = parse(axes) or sizes
+        shown = " x ".join(f"{name} {n}" for name, n in asked.items())
+        rest = {name: math.prod(abs(n) for other, n in asked.items() if other != name) for name in asked}
+        fits = [f"{name}={len(devices) // k}" for name, k in rest.items() if len(devices) % k == 0 and not open_axes]
+        near = f" ({' or '.join(fits)} would)" if fits else ""
         raise ValueError(
-            f"mesh {shown} does not multiply to the {len(devices)} devices; write one size as -1 for what is left"
+            f"mesh {shown} does not multiply to the {len(devices)} devices{near}; write one size as -1 for what is left"
         )
     shape = tuple(sizes.values())
     grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
@@ -83,24 +87,33 @@ def shardings(mesh: Mesh, net: Any, tree: PyTree) -> PyTree:
 
     net: has RULES, each (pattern, axes): the pattern is looked for at the end of the path "blocks/mlp_in/kernel", the
     first that fits counts, and its axes are those of the last dimensions. Arrays of no rule (norms, biases, counters)
-    lie everywhere. ValueError lists the dimensions that an axis does not divide, with the nearest sizes that do: no
+    lie everywhere. ValueError lists the dimensions that an axis does not divide, with the nearest size that does: no
     large array is replicated in silence.
     """
-    wrong: list[str] = []
+    if wrong := _undivided(mesh, net, tree):
+        raise ValueError(f"{'. '.join(wrong)}; put the rest of the devices in data")
+    rules = getattr(net, "RULES", ())
+    spec = lambda path, leaf: NamedSharding(mesh, PartitionSpec(*_spec(rules, _name(path), np.ndim(leaf))))
+    return jax.tree_util.tree_map_with_path(spec, tree)
 
-    def place(path: Any, leaf: Any) -> NamedSharding:
-        name = "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
-        spec = _spec(getattr(net, "RULES", ()), name, np.ndim(leaf))
-        for n, axis in zip(np.shape(leaf), spec, strict=True):
+
+def _undivided(mesh: Mesh, net: Any, tree: PyTree) -> list[str]:
+    """A line for each dimension and axis that does not divide it."""
+    wrong: dict[tuple[int, str], list[str]] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        for n, axis in zip(np.shape(leaf), _spec(getattr(net, "RULES", ()), _name(path), np.ndim(leaf)), strict=True):
             if axis is not None and n % mesh.shape[axis]:
-                wrong.append(f"{name} {np.shape(leaf)}: {n} by {axis} = {mesh.shape[axis]}{_near(n, mesh.shape[axis])}")
-        return NamedSharding(mesh, PartitionSpec(*spec))
+                wrong.setdefault((n, axis), []).append(f"{_name(path)} {np.shape(leaf)}")
+    more = lambda where: f", and {len(where) - 2} more" if len(where) > 2 else ""
+    return [
+        f"the mesh does not divide {n} by {axis} = {mesh.shape[axis]} ({axis} = {_near(n, axis, mesh)} would), of "
+        f"{', '.join(where[:2])}{more(where)}"
+        for (n, axis), where in wrong.items()
+    ]
 
-    found = jax.tree_util.tree_map_with_path(place, tree)
-    if wrong:
-        more = f", and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        raise ValueError(f"the mesh does not divide {'; '.join(wrong[:5])}{more}; put the rest of the devices in data")
-    return found
+
+def _name(path: Any) -> str:
+    return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
 
 
 def _spec(rules: Rules, name: str, ndim: int) -> tuple[str | None, ...]:
@@ -110,10 +123,9 @@ def _spec(rules: Rules, name: str, ndim: int) -> tuple[str | None, ...]:
     return (None,) * ndim
 
 
-def _near(n: int, size: int) -> str:
-    fits = [k for k in range(1, n + 1) if n % k == 0]
-    near = sorted({max(k for k in fits if k <= size), min((k for k in fits if k >= size), default=n)})
-    return f" ({' or '.join(map(str, near))} would)"
+def _near(n: int, axis: str, mesh: Mesh) -> int:
+    """The largest size of an axis, up to its own, that divides n and the number of devices."""
+    return max(k for k in range(1, mesh.shape[axis] + 1) if n % k == 0 and mesh.size % k == 0)
 
 
 def explicit(mesh: Mesh) -> Mesh:
@@ -131,13 +143,13 @@ def on_auto(mesh: Mesh, tree: PyTree) -> PyTree:
     return jax.tree.map(same, tree)
 
 
-def check(mesh: Mesh, net: Any, batch: int) -> None:
+def check(mesh: Mesh, net: Any, batch: int, tree: PyTree = None) -> None:
     """ValueError that names every number of the run that the mesh does not divide, with the nearest that it does.
 
-    The batch by data x fsdp, and of a transformer its heads by tensor and its tokens by sequence. Parameters are
-    `shardings`' to check.
+    The batch by data x fsdp, of a transformer its heads by tensor and its tokens by sequence, and what `shardings`
+    would refuse of `tree`.
     """
-    counts: list[tuple[str, int, Iterable[str]]] = [("batch", batch, BATCH)]
+    counts: list[tuple[str, int, tuple[str, ...]]] = [("batch", batch, BATCH)]
     if len(heads := set(getattr(net, "attention_heads", ()))) == 1:
         counts.append(("heads", heads.pop(), ("tensor",)))
     if (grid := getattr(net, "grid", None)) is not None:
@@ -147,10 +159,10 @@ def check(mesh: Mesh, net: Any, batch: int) -> None:
         size = math.prod(mesh.shape.get(axis, 1) for axis in axes)
         if n < 1 or n % size:
             nearest = max(round(n / size), 1) * size
-            what = " x ".join(axes)
-            of = f"the mesh's {size} devices" if name == "batch" else f"{what} = {size}"
+            of = f"the mesh's {size} devices" if axes == BATCH and size == mesh.size else f"{' x '.join(axes)} = {size}"
             wrong.append(f"{name} {n} is not divisible by {of}; the nearest is {nearest}")
-    if wrong:
+            wrong[-1] += "" if name == "batch" else f", or {axes[0]} = {_near(n, axes[0], mesh)}"
+    if wrong := wrong + _undivided(mesh, net, tree):
         raise ValueError(". ".join(wrong))
 
 
@@ -193,3 +205,48 @@ def constrain(x: Array, *axes: str | tuple[str, ...] | None) -> Array:
         names = tuple(a for a in ((names,) if isinstance(names, str) else names or ()) if a in shape)
         kept.append(names if n % math.prod(shape[a] for a in names) == 0 else None)
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*kept))
+
+
+# ------------------------------------------------------------------------------------- products with split kernels
+def rows_split(x: Array, kernel: Array, *args: Any, **options: Any) -> Array:
+    """`jax.lax.dot_general` of rows x (n, d) and a kernel (d, k) whose d lies on fsdp, n on data and fsdp.
+
+    Every device gathers the kernel, and for the backward pass again; the sum of its gradient over the devices is split
+    as it is made. Written out, for the compiler of TPUs makes whole sums of it, twice the bytes, where a device's part
+    of d is no multiple of a tile's rows (1152 over 128: 9): rows of 128 numbers are sent, behind an axis of devices.
+    Where fsdp is the whole mesh, in two steps of as many bytes: it makes whole sums of any that spans a whole torus.
+    Where fsdp does not divide, or tensor or sequence have a part in it, the compiler is left to it.
+    """
+    return _gathered(0, x, kernel, *args, **options)
+
+
+def columns_split(x: Array, kernel: Array, *args: Any, **options: Any) -> Array:
+    """As `rows_split`, of a kernel whose k lies on fsdp."""
+    return _gathered(1, x, kernel, *args, **options)
+
+
+def _gathered(axis: int, x: Array, kernel: Array, dims: Any, **options: Any) -> Array:
+    mesh = jax.sharding.get_abstract_mesh()
+    fsdp, parts = mesh.shape.get("fsdp", 1), math.prod(mesh.shape.get(a, 1) for a in BATCH)
+    plain = fsdp == 1 or parts != mesh.size or mesh.are_all_axes_explicit or mesh.manual_axes
+    if plain or x.ndim != 2 or x.shape[0] % parts or kernel.shape[axis] % fsdp:
+        return jax.lax.dot_general(x, kernel, dims, **options)
+    other = kernel.shape[1 - axis]
+    part = kernel.shape[axis] // fsdp, other
+    sent = (-1, 128) if math.prod(part) % 128 == 0 else part
+
+    a = max(k for k in range(1, math.isqrt(fsdp) + 1) if fsdp % k == 0)
+    grid = np.arange(fsdp).reshape(a, fsdp // a)
+    steps = (grid.tolist(), grid.T.tolist()) if fsdp == mesh.size and a > 1 else (None,)
+
+    def local(x: Array, kernel: Array) -> Array:
+        whole = (kernel if axis == 0 else kernel.T).reshape(sent)
+        for groups in steps:
+            whole = jax.lax.all_gather(whole, "fsdp", axis_index_groups=groups)
+        whole = whole.reshape(-1, other)
+        return jax.lax.dot_general(x, whole, (((1,), (axis,)), ((), ())), **options)
+
+    split = PartitionSpec(*(("fsdp", None) if axis == 0 else (None, "fsdp")))
+    again = jax.checkpoint(local, prevent_cse=False)  # else the gathered kernel would wait for the backward pass
+    rows = PartitionSpec(BATCH)
+    return jax.shard_map(again, in_specs=(rows, split), out_specs=rows, check_vma=False)(x, kernel)

@@ -24,11 +24,12 @@ class Preempted(RuntimeError):
     """The run was asked to stop (SIGTERM), has saved its last step, and can go on from it."""
 
 
-def start(processes: str, heartbeat: int = 100) -> None:
+def start(processes: str, heartbeat: int = 100, joining: int = 300) -> None:
     """Join this process to the others; "" does nothing. Before anything is computed.
 
     processes: "auto", what the cluster says, or "HOST:PORT,COUNT,INDEX". heartbeat: seconds after which the others give
-    up when a process has died. ValueError for another text, or where no cluster is found or joined.
+    up when a process has died; joining: when one has not come at all. ValueError for another text, or where no cluster
+    is found or joined.
     """
     if not processes:
         return
@@ -42,7 +43,7 @@ def start(processes: str, heartbeat: int = 100) -> None:
             )
         options = {"coordinator_address": found[1], "num_processes": int(found[2]), "process_id": int(found[3])}
     try:
-        jax.distributed.initialize(**options, heartbeat_timeout_seconds=heartbeat)
+        jax.distributed.initialize(**options, heartbeat_timeout_seconds=heartbeat, initialization_timeout=joining)
     except (ValueError, RuntimeError) as error:
         reason = str(error).strip().split("\n")[0][:300]
         raise ValueError(

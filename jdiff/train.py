@@ -139,7 +139,6 @@ def program(config: TrainConfig, images: Any, mesh: Any) -> Program:
 
     build = lambda seed: recipe.build_net(config, images, nnx.Rngs(jax.random.key(seed)))
     net = nnx.eval_shape(lambda: build(0))
-    meshes.check(mesh, net, config.batch)
     call = NetCall(nnx.graphdef(net), recipe.make_process(config), recipe.sigma_data_of(config))
     conditional = bool(net.config["num_classes"])
     loss = recipe.make_loss(config, call, net.null_label if conditional and config.label_dropout else None)
@@ -149,6 +148,7 @@ def program(config: TrainConfig, images: Any, mesh: Any) -> Program:
         return init_state(nnx.to_pure_dict(nnx.state(build(seed))), optimizer, config.ema), meter()
 
     shapes = jax.eval_shape(fresh, jax.ShapeDtypeStruct((), jnp.uint32))
+    meshes.check(mesh, net, config.batch, shapes[0].params)
     mesh = meshes.explicit(mesh)
     everywhere = meshes.everywhere(mesh)
     laid = meshes.shardings(mesh, net, shapes[0]), jax.tree.map(lambda _: everywhere, shapes[1])

@@ -10,7 +10,7 @@ from flax import nnx
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, PyTree
 
-from jdiff.mesh import BATCH, constrain
+from jdiff.mesh import BATCH, columns_split, constrain, rows_split
 
 from .conditioning import Conditioning
 from .layers import NORMS, Attention, Linear, RMSNorm, SelfAttention, by_column, modulate, rematerialise, xavier, zeros
@@ -49,8 +49,8 @@ class Block(nnx.Module):
         self.norm = NORMS[norm]
         self.modulation = Linear(width, 6 * width, kernel_init=zeros, **options)
         self.attention = SelfAttention(width, heads, attention=attention, qk_norm=qk_norm, **options)
-        self.mlp_in = Linear(width, hidden, kernel_init=xavier, **options)
-        self.mlp_out = Linear(hidden, width, kernel_init=xavier, **options)
+        self.mlp_in = Linear(width, hidden, kernel_init=xavier, dot_general=rows_split, **options)
+        self.mlp_out = Linear(hidden, width, kernel_init=xavier, dot_general=columns_split, **options)
         self.norm_attention = RMSNorm(width, param_dtype) if sandwich else None
         self.norm_mlp = RMSNorm(width, param_dtype) if sandwich else None
 

@@ -49,5 +49,7 @@ def count(jaxpr: Any) -> tuple[int, list[tuple[int, int]]]:
             for inner in (v for v in inside if hasattr(v, "eqns")):
                 once, conds = count(inner)
                 repeats = eqn.params.get("length", 1)  # of a scan
+                if name == "shard_map":  # written for one device
+                    repeats = math.prod(eqn.params["mesh"].shape[a] for a in eqn.params["newly_manual_axes"])
                 total, branches = total + repeats * once, branches + repeats * conds
     return total, branches

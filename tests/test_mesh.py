@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jdiff
 from jdiff import losses, mesh, nets, process, solvers, times, train
+from jdiff.plan import hlo
 from jdiff.recipe import NetCall
 from jdiff.train import TrainConfig
 
@@ -38,7 +39,8 @@ def test_sizes():
 @pytest.mark.parametrize(
     ("axes", "match"),
     [
-        ("data=3", r"mesh data 3 does not multiply to the 8 devices"),
+        ("data=3", r"mesh data 3 does not multiply to the 8 devices \(data=8 would\); write"),
+        ("data=3,fsdp=2", r"mesh data 3 x fsdp 2 does not multiply to the 8 devices \(data=4 would\)"),
         ("data=-1,fsdp=3", r"does not multiply to the 8 devices"),
         ("data=2,model=4", r"unknown axis 'model'; expected one of data, fsdp, tensor, sequence"),
         ("data", r"cannot read 'data='; expected axis=size"),
@@ -82,14 +84,41 @@ def test_the_rules_reach_every_large_parameter(name):
 def test_what_does_not_divide_is_named():
     m, model = mesh.make("fsdp=8"), net(width=36, heads=3)
     params = jax.eval_shape(lambda: nnx.to_pure_dict(nnx.state(model)))
-    with pytest.raises(ValueError, match=r"blocks/attention/out/kernel \(2, 36, 36\): 36 by fsdp = 8 \(6 or 9 would\)"):
+    with pytest.raises(ValueError, match=r"36 by fsdp = 8 \(fsdp = 4 would\), of blocks/attention/out/kernel \(2, 36"):
         mesh.shardings(m, model, params)
+    with pytest.raises(ValueError, match=r"(?s)batch 13 .*nearest is 16\. the mesh does not divide 36 by fsdp = 8"):
+        mesh.check(m, model, 13, params)
     with pytest.raises(ValueError, match=r"batch 13 .* 8 devices; the nearest is 16"):
         mesh.check(m, net(), 13)
-    with pytest.raises(ValueError, match=r"heads 4 is not divisible by tensor = 8; the nearest is 8"):
+    with pytest.raises(ValueError, match=r"heads 4 is not divisible by tensor = 8; the nearest is 8, or tensor = 4"):
         mesh.check(mesh.make("tensor=8"), net(), 8)
     with pytest.raises(ValueError, match=r"tokens 4 is not divisible by sequence = 8"):
         mesh.check(mesh.make("sequence=8"), net(patch=4), 8)
+
+
+@pytest.mark.parametrize("axes", ["data=2,fsdp=4", "fsdp=8"])
+@pytest.mark.parametrize(
+    ("product", "split", "shape"),
+    [(mesh.rows_split, ("fsdp",), (64, 32)), (mesh.columns_split, (None, "fsdp"), (24, 24))],  # 128 at a time, or not
+)
+def test_products_with_split_kernels(axes, product, split, shape):
+    """Value, tangent and gradients against float64 NumPy; the kernel is gathered, its gradient scattered."""
+    m, rng = mesh.make(axes), np.random.default_rng(0)
+    x, w, g = (rng.normal(size=n) for n in ((16, shape[0]), shape, (16, shape[1])))
+    put = lambda a, *axes: jax.device_put(a.astype(np.float32), NamedSharding(m, PartitionSpec(*axes)))
+    dot = lambda x, w: product(x, w, (((1,), (0,)), ((), ())), precision="highest")
+    args, weight = (put(x, mesh.BATCH), put(w, *split)), put(g, mesh.BATCH)
+    grads = jax.jit(mesh.on(m, jax.grad(lambda a: (dot(*a) * weight).sum()))).lower(args).compile()
+    value, tangent = jax.jit(mesh.on(m, lambda a: jax.jvp(dot, a, a)))(args)
+    np.testing.assert_allclose(value, x @ w, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(tangent, 2 * x @ w, rtol=1e-5, atol=1e-5)
+    for got, want in zip(grads(args), (g @ w.T, x.T @ g), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+    assert grads(args)[1].sharding.is_equivalent_to(args[1].sharding, 2)
+    moved = hlo.Program(grads.as_text()).moved(dict(m.shape))
+    over = {kind: size for (kind, axes), size in moved.collectives.items() if axes == "fsdp"}
+    least = w.size * 4 * (1 - 1 / m.shape["fsdp"])
+    assert over == {"all-gather": least, "reduce-scatter": least}
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +147,7 @@ def alone(setting):
     return jax.jit(step)(state, train.meter(), data, jnp.uint32(0))
 
 
-@pytest.mark.parametrize("axes", ["data=2,fsdp=2,tensor=2", "tensor=2,sequence=4"])
+@pytest.mark.parametrize("axes", ["data=2,fsdp=2,tensor=2", "tensor=2,sequence=4", "data=2,fsdp=4"])
 def test_a_step_on_any_mesh_is_that_of_one_device(setting, alone, axes):
     model, _, step, state, data = setting
     m = mesh.explicit(mesh.make(axes))

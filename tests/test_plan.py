@@ -3,7 +3,9 @@
 import dataclasses
 import functools
 import importlib.util
+import os
 import re
+import subprocess
 import sys
 
 import jax
@@ -14,7 +16,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jdiff import cli, mesh, nets
-from jdiff.plan import CHIPS, PlanConfig, chips, command, hlo, plan, program, report, table
+from jdiff.plan import CHIPS, PlanConfig, chips, command, hlo, kept, plan, program, report, table
 from jdiff.plan.estimate import Plan, _out_of_memory
 
 TINY = PlanConfig(
@@ -110,6 +112,20 @@ def test_a_collective_spread_over_fusions_counts_once_and_loops_by_their_steps()
     found = hlo.Program(SPREAD).moved(AXES)
     assert found.counts == {("all-gather", "fsdp"): 1, ("all-reduce", "data"): 3}  # 2, 4, 6
     assert found.collectives == {("all-gather", "fsdp"): 3 * 32, ("all-reduce", "data"): 3 * 32}
+
+
+def test_collectives_of_one_channel_are_told_apart_by_their_chains():
+    """As of shard_map: the first gather spread over two fusions as above, a second one of the channel in the loop."""
+    head, more, rest = SPREAD.partition("%more")
+    chained = lambda text, n: text.replace(
+        "dimensions={0}", f'dimensions={{0}}, frontend_attributes={{chain_id="{n}"}}'
+    )
+    one = chained(SPREAD, 0)
+    assert hlo.Program(one).moved(AXES).counts["all-gather", "fsdp"] == 1
+    again = chained(head.partition("\n\n")[2].replace("%start", "%again"), 1)
+    two = chained(head, 0) + again + chained(more + rest.replace("calls=%more", "calls=%again"), 0)
+    found = hlo.Program(two).moved(AXES)
+    assert found.counts["all-gather", "fsdp"] == 1 + 3
 
 
 @pytest.mark.parametrize(
@@ -242,6 +258,37 @@ def test_a_tpu_receives_little_more_than_it_must():
     assert abs(found.flops / found.useful - 1) < 0.02
 
 
+SPLIT = """
+import sys
+import jax, jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec as P
+from jdiff import mesh
+from jdiff.plan import chips, estimate, hlo
+topology, axes = sys.argv[1:]
+m = mesh.make(axes, estimate.find_devices(chips.parse(topology)))
+put = lambda shape, *axes: jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(m, P(*axes)))
+dot = lambda x, w: mesh.rows_split(x, w, (((1,), (0,)), ((), ()))).astype(jnp.float32).sum()
+args = put((m.size * 256, 1152), mesh.BATCH), put((1152, 3456), "fsdp")
+moved = hlo.Program(jax.jit(mesh.on(m, jax.grad(dot, 1))).lower(*args).compile().as_text()).moved(dict(m.shape))
+least = 1152 * 3456 * 2 * (1 - 1 / m.shape["fsdp"])
+over = {kind: size / least for (kind, axes), size in moved.collectives.items() if axes == "fsdp"}
+assert over.get("all-reduce", 0) < 0.01 and 1 <= over["reduce-scatter"] and sum(over.values()) < 1.1, over
+"""
+
+
+@pytest.mark.long
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs TPU's compiler: jdiff[aot]")
+@pytest.mark.parametrize(("topology", "axes"), [("v5p:8x8x8", "data=4,fsdp=128"), ("v5e:4x4", "fsdp=16")])
+def test_gradients_are_scattered(topology, axes):
+    """DiT-XL/2's kernel on 128 chips, 9 rows each, less than a tile; and on the whole of a torus: not summed whole."""
+    env = {**os.environ, **command.LIBTPU}
+    env.pop("XLA_FLAGS", None)
+    done = subprocess.run(
+        [sys.executable, "-c", SPLIT, topology, axes], env=env, capture_output=True, text=True, timeout=230
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 def test_rematerialisation_costs_flops_and_keeps_less(planned):
     build = lambda c: program.build(c, jax.devices())
     again = build(dataclasses.replace(TINY, remat="full"))
@@ -317,6 +364,21 @@ def test_without_the_compiler_it_says_what_to_install(monkeypatch, capsys):
     assert "pip install 'jdiff[aot]'" in capsys.readouterr().err
 
 
+def test_a_compiled_program_is_kept(monkeypatch, tmp_path):
+    """The second time nothing is compiled; another program, or compiler, is another file; no folder, no keeping."""
+    lower = lambda n: jax.jit(lambda x: jnp.sin(x) @ x).lower(jax.ShapeDtypeStruct((n, n), jnp.float32))
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
+    first, again = (kept.compiled(lower(8), "cpu:8") for _ in range(2))
+    assert first.text == again.text and first.seconds > 0 and again.seconds == 0
+    assert all(getattr(first.sizes, name) == getattr(again.sizes, name) for name in kept.SIZES)
+    assert kept.compiled(lower(9), "cpu:8").seconds > 0 and kept.compiled(lower(8), "v5e:2x2").seconds > 0
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", "--another")
+    assert kept.compiled(lower(8), "cpu:8").seconds > 0
+    assert len(list((tmp_path / "cache").iterdir())) == 4
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    assert kept.compiled(lower(8), "cpu:8").seconds > 0
+
+
 def test_a_compiler_that_dies_or_hangs_is_one_line(monkeypatch, tmp_path):
     run = functools.partial(command.plan, TINY)
     monkeypatch.setattr(sys, "executable", "/bin/false")
@@ -346,6 +408,23 @@ def test_candidates_and_the_remedy(monkeypatch, planned):
     assert "--mesh data=1,fsdp=4" in command.remedy(dataclasses.replace(base, mesh="data=2,fsdp=2"))
     nothing = command.remedy(dataclasses.replace(base, mesh="fsdp=4", remat="full"))
     assert "none of these does" in nothing
+
+
+def test_a_sweep_is_a_table_and_what_was_refused(monkeypatch, planned, tmp_path, capsys):
+    def compiled(config, timeout):
+        if config.mesh == "fsdp=3":
+            raise ValueError("mesh fsdp 3 does not multiply")
+        seconds = {"arithmetic": 0.1, "memory": 0.1, "links": 0.2 if config.mesh == "data=4" else 0.3}
+        return dataclasses.replace(planned, config=config, seconds=seconds)
+
+    monkeypatch.setattr(command, "plan", compiled)
+    where = ["--topology", "v5e:2x2", "--meshes", "data=4", "fsdp=4", "fsdp=3", "--remats", "none"]
+    assert cli.main(["plan", "--sweep", *where, "--out", str(tmp_path / "t.md")]) == 0
+    said = capsys.readouterr()
+    assert said.out == (tmp_path / "t.md").read_text() and "3/3" in said.err
+    head, _, first, second, empty, refused = said.out.splitlines()
+    assert "mesh" in head and "(best)" in first and "data=4" in first and "(best)" not in second and not empty
+    assert refused.startswith("- ") and "mesh fsdp=3" in refused and "does not multiply" in refused
 
 
 def test_the_table_of_chips():

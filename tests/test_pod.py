@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -35,6 +36,19 @@ def test_rows_and_places():
     images = data.load("digits", split="train")
     part, all_of = (next(data.batches(images, 16, seed=3, start_step=2, rows=rows)) for rows in (some, None))
     np.testing.assert_array_equal(part["image"], all_of["image"][some])
+
+
+def test_rows_and_places_of_one_process_of_several(monkeypatch):
+    """A process whose devices hold two parts of the batch that do not touch, one of them twice."""
+    parts = {"a": (slice(4, 8),), "b": (slice(12, 16),), "c": (slice(4, 8),)}
+    sharding = mesh.batch(mesh.make())
+    monkeypatch.setattr(type(sharding), "addressable_devices_indices_map", lambda self, shape: parts)
+    held = pod.rows(sharding, 16)
+    np.testing.assert_array_equal(held, [4, 5, 6, 7, 12, 13, 14, 15])
+    x, asked = np.arange(32.0).reshape(16, 2), [(slice(4, 6), slice(None)), (slice(12, 16), slice(None))]
+    given = lambda shape, sharding, part: jnp.concatenate([part(index) for index in asked])
+    monkeypatch.setattr(jax, "make_array_from_callback", given)
+    np.testing.assert_array_equal(pod.place(x[held], held, sharding, 16), x[[4, 5, 12, 13, 14, 15]])
 
 
 def test_who_disagrees_is_named(monkeypatch):

@@ -47,9 +47,13 @@ def parse(name: str) -> Topology:
     kind, _, shape = name.partition(":")
     dims = len(CHIPS[kind].shapes[0].split("x")) if kind in CHIPS else 1
     if (kind not in CHIPS and kind != "cpu") or not re.fullmatch("x".join([r"[1-9]\d*"] * dims), shape):
-        known = "; ".join(f"{k}:{', '.join(c.shapes)}" for k, c in CHIPS.items())
         raise ValueError(
-            f"unknown topology {name!r}; known: {known}; cpu:8 (simulated devices). Other sizes of these kinds are "
-            "tried: the compiler says whether they exist"
+            f"unknown topology {name!r}; known: {known()}. Other sizes of these kinds are tried: the compiler says "
+            "whether they exist"
         )
     return Topology(kind, tuple(map(int, shape.split("x"))))
+
+
+def known() -> str:
+    """The topologies that are sure to exist."""
+    return "; ".join(f"{k}:{', '.join(c.shapes)}" for k, c in CHIPS.items()) + "; cpu:8 (simulated devices)"

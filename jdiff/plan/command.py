@@ -24,6 +24,7 @@ LIBTPU = {
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_WORKER_ID": "0",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # two plans at once
+    "JAX_ENABLE_COMPILATION_CACHE": "0",  # which writes programs for absent devices and cannot read them; see `kept`
     "TF_CPP_MIN_LOG_LEVEL": "2",
     "TPU_MIN_LOG_LEVEL": "3",
     "TPU_STDERR_LOG_LEVEL": "3",
@@ -108,15 +109,22 @@ def run(options: PlanOptions) -> None:
 
 
 def _sweep(options: PlanOptions, base: PlanConfig) -> None:
-    from rich.progress import track
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     all_of = list(candidates(base, options.meshes, options.batches, options.remats))
     plans, refused = [], []
-    for c in track(all_of, "compiling"):
-        try:
-            plans.append(plan(c, options.timeout))
-        except ValueError as error:
-            refused.append(f"- {_short(c)}: {error}")
+    columns = BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}")
+    with Progress(*columns, console=Console(stderr=True)) as bar:  # beside the table, which may go to a file
+        task = bar.add_task("", total=len(all_of))
+        for c in all_of:
+            bar.update(task, description=f"mesh {c.mesh or 'data'}, batch {c.batch}, remat {c.remat}")
+            try:
+                plans.append(plan(c, options.timeout))
+            except ValueError as error:
+                refused.append(f"- {_short(c)}: {error}")
+            bar.advance(task)
+        bar.update(task, description="")
     text = table(plans) + "".join(f"\n{line}" for line in ["", *refused] if refused)
     print(text)
     if options.out:

@@ -5,7 +5,7 @@ import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from . import chips, hlo
+from . import chips, hlo, kept
 from .program import Built, PlanConfig, build
 
 
@@ -70,7 +70,7 @@ def plan(config: PlanConfig) -> Plan:
     n = len(devices)
     start = time.perf_counter()
     try:
-        compiled = built.traced.lower().compile()
+        found = kept.compiled(built.traced.lower(), topology.name)
     except Exception as error:  # XLA's own, of no public kind
         over, capacity = _out_of_memory(str(error))
         if not over:
@@ -80,11 +80,14 @@ def plan(config: PlanConfig) -> Plan:
         return Plan(
             config, n, False, over, capacity, memory, built.kept, built.flops / n, built.useful / n, (), {}, seconds
         )  # fmt: skip
-    return read(config, built, compiled.as_text(), compiled.memory_analysis(), time.perf_counter() - start)
+    return read(config, built, *found)
 
 
 def read(config: PlanConfig, built: Built, text: str, sizes: Any, seconds: float) -> Plan:
-    """The plan of a compiled program: its text, its memory as `memory_analysis` gives it, seconds that it took."""
+    """The plan of a compiled program: its text, its memory as `memory_analysis` gives it, seconds that it took.
+
+    seconds: 0 for a program that was compiled for an earlier plan.
+    """
     topology, n = chips.parse(config.topology), built.mesh.size
     moved = hlo.Program(text).moved(dict(built.mesh.shape))
     memory = built.parts | {
@@ -144,4 +147,6 @@ def find_devices(topology: chips.Topology) -> list[Any]:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **one).devices)
     except Exception as error:  # libtpu's own, of no public kind
         reason = str(error).strip().split("\n")[0][:200]
-        raise ValueError(f"the TPU compiler knows no topology {topology.name}: {reason}") from error
+        raise ValueError(
+            f"the TPU compiler knows no topology {topology.name}; known: {chips.known()} ({reason})"
+        ) from error

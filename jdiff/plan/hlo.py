@@ -2,7 +2,7 @@
 
 XLA's own cost analysis counts the body of a loop once; here loops are followed, with their trip counts read from their
 conditions. A collective that the TPU compiler has spread over several fusions (an asynchronous collective fusion: one
-start, steps beside the arithmetic, one end, all with the same channel) is one collective, counted at its start.
+start, steps beside the arithmetic, one end, all of one channel and chain) is one collective, counted at its start.
 """
 
 import functools
@@ -85,12 +85,12 @@ class Program:
 
     def __init__(self, text: str):
         self.computations, self.entry = parse(text)
-        self.started = {  # channels of collectives that are spread over fusions, and where each starts
-            channel: name
+        self.started = {  # collectives that are spread over fusions, and where each starts
+            chain: name
             for name, body in self.computations.items()
             if any('"AsyncCollectiveStart"' in i.rest for i in body.values())
             for i in body.values()
-            if (channel := _channel(i))
+            if (chain := _chain(i))
         }
 
     def moved(self, mesh: dict[str, int]) -> Moved:
@@ -101,7 +101,7 @@ class Program:
             for i in self.computations[name].values():
                 hbm += 0 if fused else times * self.traffic(name, i)
                 kind = i.op.removesuffix("-start")
-                if kind in KINDS and self.started.get(_channel(i), name) == name:
+                if kind in KINDS and self.started.get(_chain(i), name) == name:
                     group, axes = crossed(i.rest, mesh)
                     size = sum(nbytes(self.computations[name][o].shape) for o in i.operands)
                     kind = "reduce-scatter" if "all-reduce-scatter" in name else kind
@@ -212,10 +212,11 @@ def _through(body: dict[str, Instruction], name: str) -> Instruction:
     return i
 
 
-def _channel(i: Instruction) -> str:
-    """The channel of a collective, "" of anything else."""
-    found = re.search(r"channel_id=(\d+)", i.rest) if i.op.removesuffix("-start") in KINDS else None
-    return found[1] if found else ""
+def _chain(i: Instruction) -> tuple[str, ...]:
+    """Channel and chain of a collective, () of anything else. `shard_map` writes one channel for all of its own."""
+    if i.op.removesuffix("-start") not in KINDS:
+        return ()
+    return tuple(m[1] if (m := re.search(p, i.rest)) else "" for p in (r"channel_id=(\d+)", r'chain_id="(\d+)"'))
 
 
 def _called(i: Instruction, key: str = "") -> list[str]:

@@ -60,7 +60,8 @@ def report(plan: Plan, how: bool = True) -> str:
         ]
     elif plan.fits:
         lines += ["", "Step time: not modelled, a simulated CPU device has no published peaks"]
-    lines += ["", f"Compiled in {plan.compile_seconds:.1f} s"]
+    took = f"Compiled in {plan.compile_seconds:.1f} s" if plan.compile_seconds else "Compiled before, and kept"
+    lines += ["", took]
     return "\n".join([*lines, "", HOW] if how else lines)
 
 
