@@ -97,6 +97,7 @@ def test_annealed(model, beta, c, n):
     right(go(corrector), grid_law([model], [beta]))
 
 
+@pytest.mark.long
 def test_annealing_mutants():
     """Without weights, or with their sign or size wrong, the mode weight or Z is missed; and without the divergence."""
     want = grid_law([MODES], [2.0])

@@ -11,6 +11,7 @@ from jdiff import checkpoint, cli, data, nets, noise
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of tensorflow_datasets and what it imports
 
 
+@pytest.mark.long
 def test_encoded_images_are_a_set_of_latents(tmp_path, capsys):
     """Each latent is scale times a draw of the encoder's law, of the image and seed alone; labels go along."""
     net = nets.AutoencoderKL(8, 1, width=8, multipliers=(1, 2), blocks=1, latent_channels=2, rngs=nnx.Rngs(0))

@@ -105,6 +105,7 @@ def test_recovery_undoes_a_deformation_that_is_known():
     assert list(process.rows()) == list(range(9, -1, -1))
 
 
+@pytest.mark.long
 def test_losses_are_least_where_the_target_is_undone():
     process = fields.deformation(std=0.15, sides=(4, 8), steps=12, jitter=0.0)
     v = smooth(0.2)

@@ -283,6 +283,7 @@ def test_the_predictor_ranks_what_it_has_not_seen():
     assert fit.kendall(y, y) == 1.0 == -fit.kendall(y, -y)
 
 
+@pytest.mark.long
 def test_autodiffusion_searches_times_and_layers_of_a_net():
     """A tiny DiT with random weights: masks act where they should, and the search finds those that made the target."""
     net = nets.build("DiT-Ti/2", 8, 1, num_classes=3, depth=3, width=16, heads=2, rngs=nnx.Rngs(0))

@@ -90,6 +90,7 @@ def test_exact_log_likelihood(p):
         np.testing.assert_allclose(plain, want, atol=1e-6)
 
 
+@pytest.mark.long
 def test_hutchinson_is_unbiased():
     x0, options = M.sample(KEY, 2, jnp.float64), {"rtol": 1e-5, "atol": 1e-5, "divergence": "hutchinson"}
     want = np.asarray(M.log_density(P, x0, 0.0))

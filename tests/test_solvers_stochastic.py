@@ -333,6 +333,7 @@ def product_draws(key):
     return y, level
 
 
+@pytest.mark.long
 def test_metropolised_chain_leaves_the_product_density_alone():
     """(side, level) histograms after 30 moves from exact draws, against fresh exact draws: chi-square p > 0.01.
 

@@ -174,6 +174,7 @@ def test_sigterm_saves_the_step_and_the_run_goes_on_bitwise(whole, tmp_path):
     assert rows(tmp_path / "run") == rows(whole.out)
 
 
+@pytest.mark.long
 def test_a_constant_schedule_can_go_on(tmp_path):
     c = config(tmp_path / "short", schedule="constant", steps=8)
     run(c)
