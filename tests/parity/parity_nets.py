@@ -21,4 +21,6 @@ def test_parity(name):
     except (ImportError, FileNotFoundError) as error:
         pytest.skip(f"{name}: {error}")
     net, _ = convert.to_ours(official.drawn(case, shapes), case.layout, abstract(name))
-    assert np.abs(output(name, net) - want).max() < 1e-5 * np.abs(want).max()
+    error = np.abs(output(name, net) - want).max() / np.abs(want).max()
+    print(f"{name}: {error:.1e}")
+    assert error < 1e-5
