@@ -45,11 +45,12 @@ def output(name, net):
 
     @jit
     def run(net, x, t):
-        if isinstance(net, nets.AutoencoderKL):
-            q = net.encode(x)
-            return q.mean.reshape(len(x), -1), net.decode(q.mean).reshape(len(x), -1)
-        told = None if y is None else jnp.asarray(y)
-        state, c = net.embed(x, t, nets.Text(told) if official.CASES[name].text else told)
+        if isinstance(net, nets.AutoencoderKL | nets.VQAutoencoder):
+            kl = isinstance(net, nets.AutoencoderKL)
+            z = net.encode(x).mean if kl else net.encode(x)
+            return z.reshape(len(x), -1), net.decode(z if kl else net.quantise(z).z).reshape(len(x), -1)
+        told = tuple(map(jnp.asarray, y if isinstance(y, tuple) else () if y is None else (y,)))
+        state, c = net.embed(x, t, nets.Text(*told) if official.CASES[name].text else told[0] if told else None)
         whole = net.project(net.run(state, c), c)
         return whole if not isinstance(net, nets.SiT) else whole[..., : net.channels]
 
@@ -89,7 +90,7 @@ def test_misfits_are_listed():
         convert.to_ours({}, form, abstract(name))
     with pytest.raises(ValueError, match="it fits a UNet, not a DiT"):
         convert.to_ours(good, "edm", abstract(name))
-    with pytest.raises(ValueError, match="unknown layout 'dits'; known: dit, edm"):
+    with pytest.raises(ValueError, match="unknown layout 'dits'; known: dit, uvit"):
         convert.to_ours(good, "dits", abstract(name))
     tied = theirs("DiT (diffusers)")
     other = {k: v + 1 if "blocks.1.norm1.emb.class" in k else v for k, v in tied.items()}

@@ -1,7 +1,8 @@
 """Public PyTorch modules of small sizes, the nets of ours that are the same functions, and inputs for both.
 
 Those of diffusers come from its package. Official repositories are imported from the user's own clones: folders named
-DiT, SiT, edm, guided-diffusion, score_sde_pytorch and latent-diffusion under $JDIFF_OFFICIAL. Needs the extra `parity`.
+DiT, SiT, U-ViT, edm, guided-diffusion, score_sde_pytorch, latent-diffusion and sd3-ref under $JDIFF_OFFICIAL. Needs the
+extra `parity`.
 
     python tests/parity/official.py       writes tests/golden/nets.npz, what the ordinary tests compare with
 """
@@ -29,6 +30,7 @@ class Case(NamedTuple):
     net: tuple[str, int, dict[str, Any]]
     classes: int = 0
     text: int = 0
+    pooled: int = 0
 
 
 def weights(shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
@@ -50,13 +52,15 @@ def drawn(case: Case, shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarra
 
 
 def inputs(case: Case) -> tuple[np.ndarray, np.ndarray, Any]:
-    """Samples (2, 8, 8, c), times, and labels or a text."""
+    """Samples (2, 8, 8, c), times, and labels, a text's embeddings, or those and its vector."""
     rng = np.random.default_rng(1)
     x = rng.normal(size=(2, SIZE, SIZE, case.net[1])).astype(np.float32)
     # diffusers' DiT spaces its sinusoids by 1 / 127, the official one by 1 / 128: they agree at t = 0 alone
     t = np.asarray([0.3, 0.85], np.float32) * (case.layout != "diffusers-dit")
     y = rng.integers(0, case.classes, 2) if case.classes else None
-    return x, t, rng.normal(size=(2, 5, case.text)).astype(np.float32) if case.text else y
+    if case.text:
+        y = rng.normal(size=(2, 5, case.text)).astype(np.float32)
+    return x, t, (y, rng.normal(size=(2, case.pooled)).astype(np.float32)) if case.pooled else y
 
 
 @contextlib.contextmanager
@@ -81,6 +85,28 @@ def transformer(folder: str, kind: str) -> Callable[[], Any]:
             return make(
                 input_size=SIZE, patch_size=2, in_channels=3, hidden_size=32, depth=2, num_heads=4, num_classes=5
             )
+
+    return build
+
+
+def uvit(file: str, **options: Any) -> Callable[[], Any]:
+    def build() -> Any:
+        with clone("U-ViT", "libs"):
+            make = importlib.import_module(f"libs.{file}").UViT
+            return make(img_size=SIZE, patch_size=2, in_chans=3, embed_dim=32, depth=4, num_heads=4, **options)
+
+    return build
+
+
+def sd3(**options: Any) -> Callable[[], Any]:
+    def build() -> Any:
+        with clone("sd3-ref", "mmdit", "other_impls"):
+            text = {"target": "torch.nn.Linear", "params": {"in_features": 6, "out_features": 128}}
+            make = importlib.import_module("mmdit").MMDiT
+            return make(
+                input_size=None, depth=2, in_channels=3, adm_in_channels=4, context_embedder_config=text,
+                pos_embed_max_size=7, num_patches=49, **options,
+            )  # fmt: skip
 
     return build
 
@@ -174,6 +200,35 @@ def ldm_autoencoder() -> Any:
     return torch.nn.ModuleDict(parts)
 
 
+def ldm_vq() -> Any:
+    import torch
+
+    with clone("latent-diffusion", "ldm"):
+        model = importlib.import_module("ldm.modules.diffusionmodules.model")
+        kind = {
+            "ch": 128,
+            "out_ch": 3,
+            "ch_mult": (1, 1),
+            "num_res_blocks": 1,
+            "attn_resolutions": [],
+            "in_channels": 3,
+            "resolution": SIZE,
+            "z_channels": 2,
+            "double_z": False,
+        }
+        parts = {"encoder": model.Encoder(**kind), "decoder": model.Decoder(**kind)}
+    parts |= {"quant_conv": torch.nn.Conv2d(2, 2, 1), "post_quant_conv": torch.nn.Conv2d(2, 2, 1)}
+    parts["quantize"] = torch.nn.ModuleDict({"embedding": torch.nn.Embedding(9, 2)})  # of taming's, its weights alone
+    return torch.nn.ModuleDict(parts)
+
+
+def nearest(codes: Any, z: Any) -> Any:
+    """Each latent (b, c, h, w) moved to the nearest row of codes."""
+    import torch
+
+    return codes[torch.cdist(z.permute(0, 2, 3, 1), codes).argmin(-1)].permute(0, 3, 1, 2)
+
+
 def diffusers(kind: str, **options: Any) -> Callable[[], Any]:
     return lambda: getattr(importlib.import_module("diffusers"), kind)(**options)
 
@@ -199,10 +254,41 @@ WIDE = {"width": 128, "multipliers": (1, 1), "blocks": 1, "attention_at": (4,), 
 LATENT = {"width": 128, "multipliers": (1, 1), "blocks": 1, "latent_channels": 2}
 TEXT = {**WIDE, "attention_at": (8,), "style": "ldm", "context": 6}
 SCORE = {**WIDE, "heads": None, "head_width": None}
+TOLD = {"context": 6, "pooled": 4}
+VQ = {**LATENT, "codes": 9}
+SKIP = {"fir": True, "progressive": "output_skip", "progressive_input": "input_skip", "embedding_type": "fourier"}
 CROSS = ("CrossAttnDownBlock2D", "DownBlock2D"), ("UpBlock2D", "CrossAttnUpBlock2D")
 CASES = {
     "DiT": Case("dit", transformer("DiT", "DiT"), lambda m, x, t, y: m(x, t, y), ("DiT", 3, TRANSFORMER), 5),
     "SiT": Case("dit", transformer("SiT", "SiT"), lambda m, x, t, y: m(x, t, y), ("SiT", 3, TRANSFORMER), 5),
+    "U-ViT": Case(
+        "uvit", uvit("uvit", num_classes=6), lambda m, x, t, y: m(x, t, y),
+        ("UViT", 3, {"patch": 2, "width": 32, "depth": 4, "heads": 4, "num_classes": 5, **TIME}), 5,
+    ),
+    "U-ViT (text)": Case(
+        "uvit", uvit("uvit_t2i", clip_dim=6, num_clip_token=5), lambda m, x, t, y: m(x, t, y),
+        ("UViT", 3, {"patch": 2, "width": 32, "depth": 4, "heads": 4, "context": 6, "context_length": 5, **TIME}),
+        text=6,
+    ),
+    "SD3": Case(
+        "sd3", sd3(), lambda m, x, t, y: m(x, t, y[1], y[0]),
+        ("MMDiT", 3, {"patch": 2, "width": 128, "depth": 2, "heads": 2, "positions_table": 7, **TOLD, **TIME}),
+        text=6, pooled=4,
+    ),
+    "SD3 (diffusers)": Case(
+        "diffusers-sd3",
+        diffusers(
+            "SD3Transformer2DModel", sample_size=SIZE, in_channels=3, out_channels=3, num_layers=3,
+            attention_head_dim=8, num_attention_heads=4, joint_attention_dim=6, caption_projection_dim=32,
+            pooled_projection_dim=4, pos_embed_max_size=7, qk_norm="rms_norm",
+        ),
+        lambda m, x, t, y: m(x, encoder_hidden_states=y[0], pooled_projections=y[1], timestep=t).sample,
+        (
+            "MMDiT", 3,
+            {"patch": 2, "width": 32, "depth": 3, "heads": 4, "positions_table": 7, "qk_norm": True, **TOLD, **TIME},
+        ),
+        text=6, pooled=4,
+    ),
     "DDPM++": Case(
         "edm", edm("SongUNet", model_channels=32), lambda m, x, t, y: m(x, t, one_hot(y)),
         ("UNet", 3, {**SMALL, "width": 32, "style": "ddpm++"}), 3,
@@ -230,6 +316,18 @@ CASES = {
         "score-sde", score_sde(fir=True, progressive_input="residual", embedding_type="fourier"),
         lambda m, x, t, y: m(x, t.exp()), ("UNet", 3, {**SCORE, "style": "ncsn++"}),
     ),
+    "NCSN++ skip (score SDE)": Case(
+        "score-sde", score_sde(**SKIP, ch_mult=(1, 2, 1), attn_resolutions=(4,)), lambda m, x, t, y: m(x, t.exp()),
+        ("UNet", 3, {**SCORE, "multipliers": (1, 2, 1), "style": "ncsn++-skip"}),
+    ),
+    "NCSN++ skip": Case(
+        "edm",
+        edm(
+            "SongUNet", model_channels=32, embedding_type="fourier", channel_mult_noise=2, encoder_type="skip",
+            decoder_type="skip", resample_filter=[1, 3, 3, 1],
+        ),
+        lambda m, x, t, y: m(x, t, one_hot(y)), ("UNet", 3, {**SMALL, "width": 32, "style": "ncsn++-skip"}), 3,
+    ),
     "LDM": Case("ldm", ldm_unet, lambda m, x, t, y: m(x, t, context=y), ("UNet", 3, TEXT), text=6),
     "SD VAE": Case(
         "sd-vae", ldm_autoencoder,
@@ -237,6 +335,14 @@ CASES = {
             lambda x: m["quant_conv"](m["encoder"](x)), lambda z: m["decoder"](m["post_quant_conv"](z)), x
         ),
         ("AutoencoderKL", 3, {**LATENT, "attention_at": (4,)}),
+    ),
+    "VQ": Case(
+        "ldm-vq", ldm_vq,
+        lambda m, x, t, y: through(
+            lambda x: m["quant_conv"](m["encoder"](x)),
+            lambda z: m["decoder"](m["post_quant_conv"](nearest(m["quantize"]["embedding"].weight, z))), x,
+        ),
+        ("VQAutoencoder", 3, VQ),
     ),
     "DiT (diffusers)": Case(
         "diffusers-dit",
@@ -266,8 +372,17 @@ CASES = {
         ),
         ("AutoencoderKL", 3, LATENT),
     ),
+    "VQ (diffusers)": Case(
+        "diffusers-vq",
+        diffusers(
+            "VQModel", block_out_channels=(128, 128), layers_per_block=1, latent_channels=2, num_vq_embeddings=9,
+            down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        ),
+        lambda m, x, t, y: through(lambda x: m.encode(x).latents, lambda z: m.decode(z).sample, x),
+        ("VQAutoencoder", 3, VQ),
+    ),
 }  # fmt: skip
-KEPT = ("pos_embed", "resample_filter")  # ends of the names of buffers, which are not drawn
+KEPT = {"dit": "pos_embed", "diffusers-dit": "pos_embed", "edm": "resample_filter"}  # ends of names: not drawn
 
 
 def run(case: Case) -> tuple[dict[str, tuple[int, ...]], np.ndarray]:
@@ -276,11 +391,12 @@ def run(case: Case) -> tuple[dict[str, tuple[int, ...]], np.ndarray]:
 
     module = case.module().eval()
     own = module.state_dict()
-    shapes = {name: tuple(w.shape) for name, w in own.items() if not name.endswith(KEPT)}
+    kept = KEPT.get(case.layout, "none is")
+    shapes = {name: tuple(w.shape) for name, w in own.items() if not name.endswith(kept)}
     module.load_state_dict(own | {name: torch.from_numpy(w) for name, w in drawn(case, shapes).items()})
     x, t, y = inputs(case)
     with torch.no_grad():
-        given = None if y is None else torch.from_numpy(y)
+        given = tuple(map(torch.from_numpy, y)) if isinstance(y, tuple) else None if y is None else torch.from_numpy(y)
         out = case.call(module, torch.from_numpy(x).permute(0, 3, 1, 2), torch.from_numpy(t), given)
     out = out if out.ndim == 2 else out.permute(0, 2, 3, 1)
     return shapes, out.numpy()
