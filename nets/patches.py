@@ -114,18 +114,18 @@ def voxelise(places: Float[Array, "b n 3"], features: Float[Array, "b n c"], sid
     flat = (index[..., 0] * side + index[..., 1]) * side + index[..., 2]
     add = jax.vmap(lambda i, v: jnp.zeros((side**3, v.shape[-1]), v.dtype).at[i].add(v))
     total, count = add(flat, features), add(flat, jnp.ones_like(features[..., :1]))
-    return (total / jnp.maximum(count, 1)).reshape(len(places), side, side, side, -1)
+    return (total / jnp.maximum(count, jnp.ones((), count.dtype))).reshape(len(places), side, side, side, -1)
 
 
 def devoxelise(grid: Float[Array, "b s s s c"], places: Float[Array, "b n 3"]) -> Float[Array, "b n c"]:
     """A volume's features at places, trilinear between the eight voxels around each."""
     side = grid.shape[1]
     low = jnp.clip(jnp.floor(places).astype(jnp.int32), 0, max(side - 2, 0))
-    far = (places - low).astype(grid.dtype)
+    far = (places - low.astype(places.dtype)).astype(grid.dtype)
     take = jax.vmap(lambda g, i: g[i[:, 0], i[:, 1], i[:, 2]])
     found = jnp.zeros((*places.shape[:2], grid.shape[-1]), grid.dtype)
     for corner in np.ndindex(2, 2, 2):
-        up = np.asarray(corner)
+        up = np.asarray(corner, np.int32)
         weight = jnp.where(up == 1, far, 1 - far).prod(axis=-1, keepdims=True)
         found = found + weight * take(grid, jnp.minimum(low + up, side - 1))
     return found

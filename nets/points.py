@@ -51,8 +51,8 @@ class PointDiT(DiT):
         """Of one sample: (points, channels)."""
         return (self.points, self.channels)
 
-    def embed(self, x: Float[Array, "b n c"], t: ArrayLike, y: Any = None) -> tuple[Float[Array, "b m d"], Told]:
-        """Tokens of the voxels' patches; the conditioning, and the points' places."""
+    def embed(self, x: Float[Array, "b n c"], t: ArrayLike, y: Any = None) -> tuple[Array, Any]:
+        """Tokens (b, m, d) of the voxels' patches; the conditioning and the points' places, `Told`."""
         self._check_sample(x)
         time = pool_time(t, x.shape, 1)
         if time.size != len(time):
@@ -62,10 +62,10 @@ class PointDiT(DiT):
         h, c = self._embedded(voxelise(places, x, side), time, y)
         return h, Told(c, places)
 
-    def run(self, state: Float[Array, "b m d"], c: Told, *span: Any, **options: Any) -> Float[Array, "b m d"]:
+    def run(self, state: Float[Array, "b m d"], c: Any, *span: Any, **options: Any) -> Float[Array, "b m d"]:
         """As `DiT.run`."""
         return super().run(state, c.c, *span, **options)
 
-    def project(self, state: Float[Array, "b m d"], c: Told) -> Float[Array, "b n c2"]:
+    def project(self, state: Float[Array, "b m d"], c: Any) -> Float[Array, "b n c2"]:
         """Tokens after the last block to the points, in `dtype`."""
         return devoxelise(super().project(state, c.c), c.places)

@@ -85,8 +85,7 @@ PRESETS: dict[str, Preset] = {
     "MMDiT": Preset(MMDiT, {}, "two streams, joint attention; give patch, width, depth, heads, context, pooled"),
     "MMDiT-SD3": Preset(
         MMDiT,
-        {"patch": 2, "width": 1536, "depth": 24, "heads": 24, "context": 4096, "pooled": 2048,
-         "positions_table": 192},
+        {"patch": 2, "width": 1536, "depth": 24, "heads": 24, "context": 4096, "pooled": 2048, "positions_table": 192},
         "Stable Diffusion 3 medium (2403.03206), 2.03B parameters and a table of positions, told a text",
     ),
     "AutoencoderKL": Preset(AutoencoderKL, {}, "Stable Diffusion's autoencoder, 83.7M parameters; not a net of (x, t)"),

@@ -202,9 +202,9 @@ class UNet(Net):
             "skip": lambda _, b: Linear(channels, b, kernel_init=xavier, **options),
         }
         pairs = _pyramid(channels, widths) if kind.pyramid != "none" else []
-        heads = widths[1:] if kind.pyramid == "skip" else []
+        levels = widths[1:] if kind.pyramid == "skip" else []
         self.pyramid = nnx.List([take[kind.pyramid](a, b) for a, b in pairs]) if pairs else None
-        self.to_image = nnx.List([Head(w, out, kind.epsilon, **options) for w in heads]) if heads else None
+        self.to_image = nnx.List([Head(w, out, kind.epsilon, **options) for w in levels]) if levels else None
         self.norm = GroupNorm(c, param_dtype, kind.epsilon)
         self.conv_out = Conv(c, out, (3, 3), kernel_init=zeros, **options)
 

@@ -6,6 +6,7 @@
 Nothing in a file is executed (`torch_file`); which array goes where is a table (`layouts`).
 """
 
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -28,14 +29,12 @@ __all__ = ["LAYOUTS", "WeightsError", "load", "read", "save", "to_ours", "to_the
 N = TypeVar("N", bound=nnx.Module)
 
 
-def load(
-    path: str | Path, layout: str, net: N, *, ema: bool = True, resize: bool = False
-) -> tuple[N, tuple[str, ...]]:
+def load(path: str | Path, layout: str, net: N, *, ema: bool = True, resize: bool = False) -> tuple[N, tuple[str, ...]]:
     """(net with the parameters of the file, names in it that are left aside).
 
     net may be abstract (`nnx.eval_shape`). ema: take the averaged weights where the file has them beside the others.
-    resize: weights of another image size are welcome; learned positions are interpolated
-    (`patches.resize_positions`). WeightsError for a file that `read` refuses, or whose entries do not fit.
+    resize: weights of another image size are welcome: learned positions are interpolated (`patches.resize_positions`),
+    fixed ones are the net's (`rope_scale`). WeightsError for a file that `read` refuses, or that does not fit.
     """
     try:
         return to_ours(read(path), layout, net, ema=ema, resize=resize)
@@ -66,7 +65,7 @@ def to_ours(
         given = [np.asarray(inside[name], np.float32) for name in move.theirs]
         try:
             array = move.here(given)
-        except ValueError as error:
+        except (ValueError, IndexError) as error:
             problems.append((f"shape {[a.shape for a in given]} cannot be {want}: {error}", move.theirs[0]))
             continue
         if resize and move.extras is not None and array.shape != want:
@@ -82,6 +81,10 @@ def to_ours(
             found[move.ours] = array
         else:
             found.setdefault(move.ours, np.zeros(shape, np.float32))[move.slice] = array
+    patches = math.prod(getattr(net, "grid", ()))
+    for name in left:  # fixed positions are not read, but tell the image size
+        if name.endswith("pos_embed") and not resize and (rows := inside[name].shape[-2]) != patches:
+            problems.append((f"positions of {rows} patches, where the net has {patches}", name))
     if problems or extra:
         raise WeightsError(_report(layout, net, [*problems, *extra], len(names)))
     if unset := [path for path in flat if path not in found]:
@@ -95,8 +98,11 @@ def _choose(
     arrays: Mapping[str, np.ndarray], form: Layout, names: Sequence[str], ema: bool
 ) -> tuple[Mapping[str, np.ndarray], list[str]]:
     """(the arrays that hold the net, without their prefix; the other names): averages if asked for and there."""
-    if ema and (inside := form.averages(arrays, names)):
-        return inside, [name for name in arrays if name not in inside]
+    for old, new in form.older:
+        arrays = {name.replace(old, new): a for name, a in arrays.items()}
+    if ema and (place := form.averages(arrays, names)):
+        used = set(place.values())
+        return {name: arrays[there] for name, there in place.items()}, [name for name in arrays if name not in used]
     hits = {p: sum(f"{p}{name}" in arrays for name in names) for p in form.prefixes}
     prefix = max([p for p in hits if ema or not p.startswith("ema")] or [""], key=lambda p: hits.get(p, 0))
     if not hits.get(prefix) and any(hits.values()):
@@ -142,5 +148,5 @@ def _report(layout: str, net: Any, problems: Sequence[tuple[str, str]], total: i
     more = f"\n  and {len(problems) - 10} more" if len(problems) > 10 else ""
     return (
         f"{len(problems)} entries do not fit layout {layout} of {net.name}, which has {total}:\n{shown}{more}\n"
-        "Check --net and its options (num_classes, learn_sigma, null_class, ..)"
+        "Check --net and its options (num_classes, learn_sigma, null_class, ..); --resize takes another image size's"
     )

@@ -531,40 +531,41 @@ def coders(
 Named = Mapping[str, np.ndarray]
 
 
-def shadows(arrays: Named, names: Sequence[str]) -> dict[str, np.ndarray]:
+def shadows(arrays: Named, names: Sequence[str]) -> dict[str, str]:
     """score_sde's averages: a list without names, in the order of the trained parameters of `model`; {} if none.
 
     Its buffers (sigmas) and the random frequencies of the first module are not trained, and are the model's own.
     """
-    found = [arrays[f"ema.shadow_params.{i}"] for i in range(sum(n.startswith("ema.shadow_params.") for n in arrays))]
-    model = {n.removeprefix("model.").removeprefix("module."): a for n, a in arrays.items() if n.startswith("model.")}
+    found = [name for name in arrays if name.startswith("ema.shadow_params.")]  # in the list's order
+    model = {n.removeprefix("model.").removeprefix("module."): n for n in arrays if n.startswith("model.")}
     trained = [n for n in model if not re.fullmatch(r"sigmas|all_modules\.0\.W", n)]
-    if found and [a.shape for a in found] != [model[n].shape for n in trained]:
+    if found and [arrays[n].shape for n in found] != [arrays[model[n]].shape for n in trained]:
         raise WeightsError(
-            f"the {len(found)} arrays of ema.shadow_params are not the {len(trained)} trained ones of the model in their "
-            "order and shapes; without averages (--no-ema) the model's own are read"
+            f"the {len(found)} arrays of ema.shadow_params are not the {len(trained)} trained ones of the model, one after "
+            "another; without averages (--no-ema) the model's own are read"
         )
     return model | dict(zip(trained, found, strict=True)) if found else {}
 
 
-def undotted(arrays: Named, names: Sequence[str]) -> dict[str, np.ndarray]:
+def undotted(arrays: Named, names: Sequence[str]) -> dict[str, str]:
     """Latent diffusion's averages: under model_ema, dots left out of the names; {} if none."""
-    place = {n: f"model_ema.{('diffusion_model.' + n).replace('.', '')}" for n in names}
-    return {n: arrays[there] for n, there in place.items() if there in arrays}
+    place = {name: f"model_ema.{('diffusion_model.' + name).replace('.', '')}" for name in names}
+    return {name: there for name, there in place.items() if there in arrays}
 
 
 class Layout(NamedTuple):
-    """A published net's table; `nets` of ours that it fits, prefixes that its names may have (those of averages begin
-    with "ema"), what may be left over, and averages that are not just under a prefix."""
+    """A published net's table, `nets` of ours that it fits, and how its files differ from it."""
 
     rows: Callable[[Any], Rows]
     nets: tuple[type, ...]
-    prefixes: tuple[str, ...]
+    prefixes: tuple[str, ...]  # that the names may have; those of averages begin with "ema"
     ignored: str  # a pattern of names: buffers, and parts that are used in training alone
     doc: str
-    averages: Callable[[Named, Sequence[str]], dict[str, np.ndarray]] = lambda arrays, names: {}
+    averages: Callable[[Named, Sequence[str]], dict[str, str]] = lambda arrays, names: {}  # name -> name in the file
+    older: tuple[tuple[str, str], ...] = ()  # parts of names in files of older versions, and what they are now
 
 
+ATTENTION_BLOCK = ((".query.", ".to_q."), (".key.", ".to_k."), (".value.", ".to_v."), (".proj_attn.", ".to_out.0."))
 LAYOUTS = {
     "dit": Layout(dit, (DiT,), ("", "ema.", "model."), r"pos_embed", "official DiT and SiT (.pt)"),
     "uvit": Layout(uvit, (UViT,), ("",), r"(?!)", "official U-ViT (.pth)"),
@@ -597,7 +598,11 @@ LAYOUTS = {
         mmdit(SD3_DIFFUSERS), (MMDiT,), ("",), r"(?!)", "diffusers' SD3Transformer2DModel"
     ),
     "diffusers-unet": Layout(unet_diffusers, (UNet,), ("",), r"(?!)", "diffusers' UNet2DConditionModel (SD 1)"),
-    "diffusers-vae": Layout(autoencoder_diffusers, (AutoencoderKL,), ("",), r"(?!)", "diffusers' AutoencoderKL"),
-    "diffusers-vq": Layout(vq_diffusers, (VQAutoencoder,), ("",), r"(?!)", "diffusers' VQModel"),
+    "diffusers-vae": Layout(
+        autoencoder_diffusers, (AutoencoderKL,), ("",), r"(?!)", "diffusers' AutoencoderKL", older=ATTENTION_BLOCK
+    ),
+    "diffusers-vq": Layout(
+        vq_diffusers, (VQAutoencoder,), ("",), r"(?!)", "diffusers' VQModel", older=ATTENTION_BLOCK
+    ),
 }  # fmt: skip
 """By name."""

@@ -162,7 +162,8 @@ def score_sde(**options: Any) -> Callable[[], Any]:
                 "beta_max": 20.0,
                 "scale_by_sigma": False,
             } | options
-            data = types.SimpleNamespace(image_size=SIZE, num_channels=3, centered=True)
+            size = model.pop("image_size", SIZE)
+            data = types.SimpleNamespace(image_size=size, num_channels=3, centered=True)
             training = types.SimpleNamespace(continuous=True)
             return make(types.SimpleNamespace(model=types.SimpleNamespace(**model), data=data, training=training))
 
@@ -382,6 +383,120 @@ CASES = {
         ("VQAutoencoder", 3, VQ),
     ),
 }  # fmt: skip
+
+
+def module(folder: str, name: str, forget: str, key: str | None = None, *, use: str = "", **options: Any) -> Any:
+    """A class or function (under a key of a dict) of a module in a clone, called with options."""
+    with clone(folder, *forget.split()):
+        found = getattr(importlib.import_module(name), use)
+        return (found if key is None else found[key])(**options)
+
+
+def transformers(kind: str, size: str) -> Callable[[], Any]:
+    return lambda: module(kind, "models", "models", size, use=f"{kind}_models", input_size=32, num_classes=1000)
+
+
+def uvit_of(size: str, width: int, depth: int, heads: int) -> tuple[Any, ...]:
+    make = lambda: module(
+        "U-ViT", "libs.uvit", "libs", use="UViT", img_size=32, patch_size=2, in_chans=4, embed_dim=width, depth=depth,
+        num_heads=heads, num_classes=1001,
+    )  # fmt: skip
+    return "uvit", 32, 4, {"num_classes": 1000}, make
+
+
+def edm_of(kind: str, size: int, classes: int, **options: Any) -> Callable[[], Any]:
+    forget = "training torch_utils dnnlib"
+    return lambda: module(
+        "edm", "training.networks", forget, use=kind, img_resolution=size, in_channels=3, out_channels=3,
+        label_dim=classes, **options,
+    )  # fmt: skip
+
+
+def coder_of(double: bool, channels: int, multipliers: tuple[int, ...], codes: int = 0) -> Callable[[], Any]:
+    def build() -> Any:
+        import torch
+
+        kind = {
+            "ch": 128,
+            "out_ch": 3,
+            "ch_mult": multipliers,
+            "num_res_blocks": 2,
+            "attn_resolutions": [],
+            "in_channels": 3,
+            "resolution": 256,
+            "z_channels": channels,
+            "double_z": double,
+        }
+        with clone("latent-diffusion", "ldm"):
+            model = importlib.import_module("ldm.modules.diffusionmodules.model")
+            parts = {"encoder": model.Encoder(**kind), "decoder": model.Decoder(**kind)}
+        twice = channels * (1 + double)
+        parts |= {"quant_conv": torch.nn.Conv2d(twice, twice, 1)}
+        parts |= {"post_quant_conv": torch.nn.Conv2d(channels, channels, 1)}
+        if codes:
+            parts["quantize"] = torch.nn.ModuleDict({"embedding": torch.nn.Embedding(codes, channels)})
+        return torch.nn.ModuleDict(parts)
+
+    return build
+
+
+def sd3_medium() -> Any:
+    text = {"target": "torch.nn.Linear", "params": {"in_features": 4096, "out_features": 1536}}
+    return module(
+        "sd3-ref", "mmdit", "mmdit other_impls", use="MMDiT", input_size=None, depth=24, in_channels=16,
+        adm_in_channels=2048, context_embedder_config=text, pos_embed_max_size=192, num_patches=192 * 192,
+    )  # fmt: skip
+
+
+_TEN, _SONG = {"num_classes": 10}, {"model_channels": 128, "channel_mult": [2, 2, 2]}
+_NCSN = {"channel_mult_noise": 2, "resample_filter": [1, 3, 3, 1], "embedding_type": "fourier"}
+PUBLISHED: dict[str, tuple[Any, ...]] = {  # preset: layout, size, channels, options of ours, the public module
+    "DiT-S/8": ("dit", 32, 4, {"num_classes": 1000, "learn_sigma": True}, transformers("DiT", "DiT-S/8")),
+    "DiT-XL/2": ("dit", 32, 4, {"num_classes": 1000, "learn_sigma": True}, transformers("DiT", "DiT-XL/2")),
+    "SiT-B/4": ("dit", 32, 4, {"num_classes": 1000}, transformers("SiT", "SiT-B/4")),
+    "SiT-XL/2": ("dit", 32, 4, {"num_classes": 1000}, transformers("SiT", "SiT-XL/2")),
+    "UViT-S/2": uvit_of("S", 512, 12, 8),
+    "UViT-M/2": uvit_of("M", 768, 16, 12),
+    "UViT-L/2": uvit_of("L", 1024, 20, 16),
+    "UViT-H/2": uvit_of("H", 1152, 28, 16),
+    "MMDiT-SD3": ("sd3", 128, 16, {}, sd3_medium),
+    "UNet-DDPM++": ("edm", 32, 3, _TEN, edm_of("SongUNet", 32, 10, **_SONG, augment_dim=9)),
+    "UNet-NCSN++": (
+        "edm", 32, 3, _TEN, edm_of("SongUNet", 32, 10, **_SONG, **_NCSN, encoder_type="residual", augment_dim=9),
+    ),
+    "UNet-ADM-64": ("edm", 64, 3, {"num_classes": 1000}, edm_of("DhariwalUNet", 64, 1000)),
+    "UNet-NCSN++-256": (
+        "score-sde", 256, 3, {},
+        lambda: score_sde(
+            **SKIP, ch_mult=(1, 1, 2, 2, 2, 2, 2), num_res_blocks=2, attn_resolutions=(16,), image_size=256
+        )(),
+    ),
+    "UNet-LDM": (
+        "ldm", 64, 4, {},
+        lambda: module(
+            "latent-diffusion", "ldm.modules.diffusionmodules.openaimodel", "ldm", use="UNetModel", image_size=32,
+            in_channels=4, out_channels=4, model_channels=320, attention_resolutions=[4, 2, 1], num_res_blocks=2,
+            channel_mult=[1, 2, 4, 4], num_heads=8, use_spatial_transformer=True, transformer_depth=1, context_dim=768,
+            use_checkpoint=False, legacy=False,
+        ),
+    ),
+    "AutoencoderKL": ("sd-vae", 256, 3, {}, coder_of(True, 4, (1, 2, 4, 4))),
+    "VQAutoencoder": ("ldm-vq", 256, 3, {}, coder_of(False, 3, (1, 2, 4), 8192)),
+}  # fmt: skip
+
+
+def shapes_of(make: Callable[[], Any]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a module's state, made without memory where its constructor lets it."""
+    import torch
+
+    try:
+        with torch.device("meta"):
+            built = make()
+    except RuntimeError:  # it sets its initial values itself
+        built = make()
+    return {name: tuple(w.shape) for name, w in built.state_dict().items()}
+
+
 KEPT = {"dit": "pos_embed", "diffusers-dit": "pos_embed", "edm": "resample_filter"}  # ends of names: not drawn
 
 
