@@ -21,6 +21,7 @@ from .macs import macs as macs
 from .mmdit import MMDiT as MMDiT
 from .net import Net as Net
 from .noise_prompt import NoisePromptNet as NoisePromptNet
+from .points import PointDiT as PointDiT
 from .presets import PRESETS as PRESETS
 from .presets import Preset as Preset
 from .presets import build as build
@@ -36,6 +37,7 @@ __all__ = [
     "MMDiT",
     "Net",
     "NoisePromptNet",
+    "PointDiT",
     "Preset",
     "SiT",
     "Text",

@@ -90,8 +90,9 @@ class DiT(Net):
         learn_sigma: predict twice the channels, as the released DiT (a variance) and SiT (nothing that is used). The
             call returns the first half; `project` returns both.
         positions: "sincos", fixed and added to the tokens, or "rope", rotary in every attention (`jdiff.nets.rope`).
-        rope_scale: how many times longer than in training the axes are, for positions "rope": one, or one an axis.
-        rope_target: which channels keep their frequency then; see `rope.frequencies`.
+        rope_scale: how many times longer than in training the axes are: one, or one an axis. Fixed positions are
+            taken between those of training; rotary ones are slowed.
+        rope_target: which channels of rotary positions keep their frequency then; see `rope.frequencies`.
         norm: "layer" or "rms".
         qk_norm, sandwich: RMS norms of queries and keys, and after each branch; see `Block`.
         remat: "none", "full" or "dots"; see `layers.REMAT`.
@@ -236,12 +237,15 @@ class DiT(Net):
     ) -> tuple[Float[Array, "b n d"], Float[Array, "b2 n2 d"]]:
         """What goes into the blocks: tokens in `dtype`, and float32 conditioning a sample or a token."""
         self._check_sample(x)
+        return self._embedded(x, pool_time(t, x.shape, self.patch), y)
+
+    def _embedded(self, x: Array, time: Array, y: ArrayLike | None) -> tuple[Array, Array]:
+        """`embed` once the time is a sample's or a patch's."""
         y = self._labels(x, y)
-        time = pool_time(t, x.shape, self.patch)
         h = self.patches(patchify(x.astype(self.dtype), self.patch))
         if self.positions == "sincos":
             # A constant of the program, made on the host: no parameter, and nothing for an optimizer to move.
-            h = h + jnp.asarray(positions(self.grid, self.width), self.dtype)
+            h = h + jnp.asarray(positions(self.grid, self.width, scale=self.rope[0]), self.dtype)
         return constrain(h, BATCH, "sequence", None), self.conditioning(time.reshape(len(time), -1), y)
 
     def run(

@@ -8,17 +8,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .autoencoder import Autoencoder
 from .conditioning import Text
 from .net import Net
 
 
 def macs(net: Net, blocks: Sequence[Any] | np.ndarray | None = None) -> int:
     """Multiply-accumulates of matrix products and convolutions for one sample, at one time (and of 77 embeddings of a
-    text, or of as many as the net has positions for).
+    text, or of as many as the net has positions for). Of an autoencoder: for one image, there and back.
 
     blocks: the mask that the net is given, None for all. A skipped block costs its shortcut, if that has a product.
     ValueError for a mask of another length.
     """
+    if isinstance(net, Autoencoder):
+        image = jax.ShapeDtypeStruct((1, *net.shape), jnp.float32)
+        both = lambda net, x: net.decode(jnp.split(m := net.moments(x), m.shape[-1] // net.latent_channels, axis=-1)[0])
+        return count(jax.make_jaxpr(both)(net, image).jaxpr)[0]
     keep = np.ones(net.num_blocks) if blocks is None else np.asarray(blocks)
     image = jax.ShapeDtypeStruct((1, *net.shape), jnp.float32)
     label: Any = jax.ShapeDtypeStruct((1,), jnp.int32) if net.num_classes else None

@@ -82,16 +82,18 @@ class MMDiT(Net):
     """MM-DiT: patches and a text's embeddings as two streams; blocks scanned but for the last, which drops the text.
 
     y is a `Text`: embeddings of any number and of width `context`, and one vector of width `pooled`, which is added to
-    the time. The time is one a sample. Positions are fixed (`patches.positions`).
+    the time. The time is one a sample. Positions are fixed: `patches.positions`, or the middle of a table.
 
     Args:
         image_size, channels, patch, width, depth, heads, mlp_ratio, remat, dtype, param_dtype, time_scale, attention,
             rngs: as for DiT; depth counts the last block.
         context, pooled: widths of the text's embeddings and of its vector.
         qk_norm: see `SelfAttention`; each stream has its own (Stable Diffusion 3.5).
+        positions_table: patches an axis of a square table of positions that the net holds, untrained, and of which it
+            takes the middle for its image_size, as Stable Diffusion 3's weights have it; None computes them.
 
     Raises:
-        ValueError: sizes that do not divide, or an unknown remat.
+        ValueError: sizes that do not divide, an unknown remat, or a table that is smaller than the grid.
     """
 
     RULES = (
@@ -99,7 +101,7 @@ class MMDiT(Net):
         ("(attention/out|mlp_out)/kernel", ("tensor", "fsdp")),
         ("(attention/qkv|mlp_in)/bias", ("tensor",)),
         ("out/kernel", ("fsdp", None)),
-        ("(patches|text_in|pooled_in|pooled_out|modulation|time_in|time_out)/kernel", (None, "fsdp")),
+        ("(patches|text_in|pooled_in|pooled_out|modulation|time_in|time_out)/kernel|table", (None, "fsdp")),
     )
 
     def __init__(
@@ -115,6 +117,7 @@ class MMDiT(Net):
         pooled: int,
         mlp_ratio: float = 4.0,
         qk_norm: bool = False,
+        positions_table: int | None = None,
         remat: str = "none",
         dtype: DTypeLike = jnp.float32,
         param_dtype: DTypeLike = jnp.float32,
@@ -135,6 +138,7 @@ class MMDiT(Net):
             pooled=pooled,
             mlp_ratio=mlp_ratio,
             qk_norm=qk_norm,
+            positions_table=positions_table,
             remat=remat,
             dtype=dtype.name,
             param_dtype=param_dtype.name,
@@ -147,7 +151,9 @@ class MMDiT(Net):
         patches = self._patched(patch, width=width, heads=heads)
         options: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
         self.width, self.depth, self.heads, self.dtype, self.remat = width, depth, heads, dtype, remat
-        self.context, self.pooled = context, pooled
+        self.context, self.pooled, self.qk_norm, self.side = context, pooled, qk_norm, positions_table
+        if positions_table is not None and (len(self.grid) != 2 or max(self.grid) > positions_table):
+            raise ValueError(f"MMDiT: a table of {positions_table} x {positions_table} holds no grid {self.grid}")
         linear = lambda a, b, **how: Linear(a, b, **{"kernel_init": xavier, **options, **how}, rngs=rngs)
         self.conditioning = Conditioning(
             256, width, 0, False, time_scale=time_scale, time_init=nnx.initializers.normal(0.02), label_std=0.02,
@@ -157,12 +163,18 @@ class MMDiT(Net):
         self.pooled_out = linear(width, width, dtype=jnp.float32)
         self.patches = linear(math.prod(patches) * channels, width)
         self.text_in = linear(context, width)
+        self.table = None if positions_table is None else nnx.Param(self._table(positions_table).astype(param_dtype))
         kind: dict[str, Any] = {"attention": attention, "qk_norm": qk_norm, **options}
         block = lambda key: Block(width, heads, mlp_ratio, last=False, **kind, rngs=nnx.Rngs(key))
         self.blocks = jax.vmap(block)(jax.random.split(rngs.params(), depth - 1))
         self.last = Block(width, heads, mlp_ratio, last=True, **kind, rngs=rngs)
         self.modulation = linear(width, 2 * width, kernel_init=zeros)
         self.out = linear(width, math.prod(patches) * channels, kernel_init=zeros)
+
+    def _table(self, side: int) -> Float[Array, "n d"]:
+        """2403.03206, section 5.3.2: the image, in the middle, is 16 places high and wide whatever its size."""
+        offsets, scale = [-((side - n) // 2) for n in self.grid], [n / 16 for n in self.grid]
+        return jnp.asarray(positions((side, side), self.width, offsets=offsets, scale=scale), jnp.float32)
 
     @property
     def num_blocks(self) -> int:
@@ -171,6 +183,14 @@ class MMDiT(Net):
     @property
     def attention_heads(self) -> tuple[int, ...]:
         return (self.heads,) * self.depth
+
+    def positions(self) -> Float[Array, "n d"]:
+        """What is added to the patches: a constant, or the middle of the table."""
+        if self.table is None or self.side is None:
+            return jnp.asarray(positions(self.grid, self.width), self.dtype)
+        table = jax.lax.stop_gradient(self.table[...]).reshape(self.side, self.side, self.width)
+        (h, w), (top, left) = self.grid, ((self.side - n) // 2 for n in self.grid)
+        return table[top : top + h, left : left + w].reshape(h * w, self.width)
 
     def embed(self, x: Float[Array, "b *size c"], t: ArrayLike, y: Any = None) -> tuple[State, Float[Array, "b 1 d"]]:
         """The two streams before the first block, and float32 conditioning a sample."""
@@ -181,7 +201,7 @@ class MMDiT(Net):
         vector = self.pooled_out(jax.nn.silu(self.pooled_in(text.pooled.astype(jnp.float32))))
         c = self.conditioning(time, None) + vector[:, None]
         h = self.patches(patchify(x.astype(self.dtype), self.patch))
-        h = h + jnp.asarray(positions(self.grid, self.width), self.dtype)
+        h = h + self.positions().astype(self.dtype)
         return State(constrain(h, BATCH, None, None), self.text_in(text.tokens.astype(self.dtype))), c
 
     def run(

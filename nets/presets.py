@@ -11,6 +11,7 @@ from .dit import DiT, SiT
 from .mmdit import MMDiT
 from .net import Net
 from .patches import Size
+from .points import PointDiT
 from .unet import UNet
 from .uvit import UViT
 
@@ -65,6 +66,7 @@ PRESETS: dict[str, Preset] = {
     **_transformers(DiT, "2212.09748", (2, 4, 8)),
     "SiT": Preset(SiT, {}, "DiT with SiT's time and channels; give patch, width, depth and heads"),
     **_transformers(SiT, "2401.08740", (2, 4, 8)),
+    "PointDiT": Preset(PointDiT, {}, "DiT of point clouds (2307.01831); image_size is voxels an axis; options of DiT"),
     "UViT": Preset(UViT, {}, "transformer with long skips, all is a token; give patch, width, depth and heads"),
     **{
         f"UViT-{size}/{patch}": Preset(
@@ -83,8 +85,8 @@ PRESETS: dict[str, Preset] = {
     "MMDiT": Preset(MMDiT, {}, "two streams, joint attention; give patch, width, depth, heads, context, pooled"),
     "MMDiT-SD3": Preset(
         MMDiT,
-        {"patch": 2, "width": 1536, "depth": 24, "heads": 24, "context": 4096, "pooled": 2048},
-        "Stable Diffusion 3 medium (2403.03206), 2.03B parameters, told a text",
+        {"patch": 2, "width": 1536, "depth": 24, "heads": 24, "context": 4096, "pooled": 2048, "positions_table": 192},
+        "Stable Diffusion 3 medium (2403.03206), 2.03B parameters and a table of positions, told a text",
     ),
     "AutoencoderKL": Preset(AutoencoderKL, {}, "Stable Diffusion's autoencoder, 83.7M parameters; not a net of (x, t)"),
     "VQAutoencoder": Preset(
@@ -117,6 +119,11 @@ PRESETS: dict[str, Preset] = {
     ),
     "UNet-NCSN++": Preset(
         UNet, {**_SONG, "style": "ncsn++"}, "NCSN++ for 32 x 32 as in EDM (2206.00364), 56.4M parameters; time_scale 1"
+    ),
+    "UNet-NCSN++-256": Preset(
+        UNet,
+        {**_SONG, "multipliers": (1, 1, 2, 2, 2, 2, 2), "blocks": 2, "style": "ncsn++-skip"},
+        "score SDE's NCSN++ for 256 x 256 (2011.13456), 65.6M parameters; time_scale 1",
     ),
     "UNet-LDM": Preset(
         UNet,

@@ -10,7 +10,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float
 
 from .conditioning import Conditioning, Text
-from .layers import Attention, Conv, GroupNorm, rematerialise, xavier, zeros
+from .layers import Attention, Conv, GroupNorm, Linear, rematerialise, xavier, zeros
 from .net import Net
 from .patches import pool_time
 from .unet_blocks import STYLES, Block, Resample, resample
@@ -22,6 +22,7 @@ class State(NamedTuple):
     h: Float[Array, "b h w c"]  # features
     skips: tuple[Array, ...]  # features of the way down that the way up has not taken yet, the last one on top
     image: Array | None  # NCSN++'s downsampled image
+    output: Array | None = None  # the sum of images on the way up of "ncsn++-skip"
 
 
 class Told(NamedTuple):
@@ -31,12 +32,28 @@ class Told(NamedTuple):
     text: Array | None
 
 
+class Head(nnx.Module):
+    """Features to an image: Conv(SiLU(GN(h)))."""
+
+    def __init__(self, width: int, out: int, epsilon: float, **options: Any):
+        self.norm = GroupNorm(width, options["param_dtype"], epsilon)
+        self.conv = Conv(width, out, (3, 3), kernel_init=zeros, **options)
+
+    def __call__(self, h: Float[Array, "b h w c"]) -> Float[Array, "b h w o"]:
+        return self.conv(jax.nn.silu(self.norm(h)))
+
+
 class UNet(Net):
     """Convolutional U-Net of residual blocks, with attention at chosen resolutions.
 
     Each resolution has `blocks` of them on the way down and one more on the way up, which concatenates every feature
     map of the way down once, and blocks or convolutions that resample between; the middle has attention. No dropout:
     drawing random numbers does not belong in a pure function of (x, t, y).
+
+    NCSN++ (2011.13456) also takes the image at each resolution. "ncsn++", for small images: on the way down, strided
+    convolutions take it from one resolution to the next and the features are added to it. "ncsn++-skip", for large
+    ones: it is downsampled by the filter alone and added to the features through a matrix, and on the way up each
+    resolution gives an image of its own, whose sum, upsampled by the filter, is the output.
 
     Args:
         image_size: height and width of the (square) images; divisible by 2 ** (len(multipliers) - 1).
@@ -47,7 +64,7 @@ class UNet(Net):
         attention_at: heights of feature maps where every block is followed by attention, such as (16, 8).
         head_width: channels of an attention head; None for one head.
         heads: attention heads everywhere, in place of head_width.
-        style: "adm", "ddpm++", "ncsn++" or "ldm"; what they are: `unet_blocks.Style`.
+        style: "adm", "ddpm++", "ncsn++", "ncsn++-skip" or "ldm"; what they are: `unet_blocks.Style`.
         context: width of a text's embeddings, for attention to it beside self-attention; y is a `Text` then.
         learn_sigma: predict twice the channels (a variance): the call returns the first half, `project` both.
         num_classes, null_class, remat, dtype, param_dtype, time_scale, attention, rngs: as for DiT. Remat
@@ -59,12 +76,12 @@ class UNet(Net):
 
     # how parameters lie on a mesh: see `jdiff.mesh.shardings`
     RULES = (
-        ("conv_out/kernel", (None, None, "fsdp", None)),
+        (r"(conv_out|to_image/\d+/conv)/kernel", (None, None, "fsdp", None)),
         (r"(conv_in|conv|pyramid/\d+)/kernel", (None, None, None, "fsdp")),
         ("(attention/qkv|cross/q|cross/kv|mlp_in|proj_in)/kernel", ("fsdp", "tensor")),
         ("(attention/out|cross/out|mlp_out|proj_out)/kernel", ("tensor", "fsdp")),
         ("(attention/qkv|mlp_in)/bias", ("tensor",)),
-        ("(modulation|skip|time_in|time_out)/kernel|labels", (None, "fsdp")),
+        (r"(modulation|skip|time_in|time_out|pyramid/\d+)/kernel|labels", (None, "fsdp")),
     )
 
     def __init__(
@@ -179,11 +196,17 @@ class UNet(Net):
             if level:
                 up.append(between(c, level - 1, "up"))
         self.down, self.middle, self.up = nnx.List(down), nnx.List(middle), nnx.List(up)
-        conv = lambda a, b: Conv(a, b, (3, 3), padding=2, kernel_init=xavier, **options)
-        pairs = _pyramid(channels, widths) if kind.pyramid else []
-        self.pyramid = nnx.List([conv(a, b) for a, b in pairs]) if pairs else None
+        out = channels * (1 + learn_sigma)
+        take: dict[str, Any] = {  # an image to a resolution's features
+            "residual": lambda a, b: Conv(a, b, (3, 3), padding=2, kernel_init=xavier, **options),
+            "skip": lambda _, b: Linear(channels, b, kernel_init=xavier, **options),
+        }
+        pairs = _pyramid(channels, widths) if kind.pyramid != "none" else []
+        levels = widths[1:] if kind.pyramid == "skip" else []
+        self.pyramid = nnx.List([take[kind.pyramid](a, b) for a, b in pairs]) if pairs else None
+        self.to_image = nnx.List([Head(w, out, kind.epsilon, **options) for w in levels]) if levels else None
         self.norm = GroupNorm(c, param_dtype, kind.epsilon)
-        self.conv_out = Conv(c, channels * (1 + learn_sigma), (3, 3), kernel_init=zeros, **options)
+        self.conv_out = Conv(c, out, (3, 3), kernel_init=zeros, **options)
 
     @property
     def num_blocks(self) -> int:
@@ -219,7 +242,7 @@ class UNet(Net):
         blocks: 0 where only the shortcut of a block passes (a convolution that resamples always runs); perturb: over
         the attention layers in their order.
         """
-        h, skips, image = state
+        h, skips, image, output = state
         start, stop = self._span(start, stop)
         mask = None if blocks is None else self._mask(blocks)
         us = None if perturb is None else self._perturbation(perturb, len(h))
@@ -232,21 +255,30 @@ class UNet(Net):
                 continue
             if i >= len(self.down) + len(self.middle) and block.to != "up":
                 h, skips = jnp.concatenate([h, skips[-1]], axis=-1), skips[:-1]
+            if block.to == "up" and self.to_image is not None:
+                own = self.to_image[block.level](h)
+                output = own if output is None else own + resample(output, "up", fir=True)
             if mask is None:
                 h = whole(block, h, u)
             else:
                 some = lambda h, block=block, u=u: whole(block, h, u)
                 h = jax.lax.cond(mask[i], some, block.shortcut, h)
             if block.to == "down" and self.pyramid is not None and image is not None:
-                image = resample(self.pyramid[block.level - 1](image), "down", fir=True, border=0)
-                h = image = (h + image) * 0.5**0.5
+                take = self.pyramid[block.level - 1]
+                if self.to_image is not None:
+                    image = resample(image, "down", fir=True)
+                    h = h + take(image)
+                else:
+                    image = resample(take(image), "down", fir=True, border=0)
+                    h = image = (h + image) * 0.5**0.5
             if i < len(self.down):
                 skips = (*skips, h)
-        return State(h, skips, image)
+        return State(h, skips, image, output)
 
     def project(self, state: State, c: Told) -> Float[Array, "b height width c2"]:
         """Features after the last block to images, in `dtype`; c2 = 2 c channels where learn_sigma is set."""
-        return self.conv_out(jax.nn.silu(self.norm(state.h)))
+        last = self.conv_out(jax.nn.silu(self.norm(state.h)))
+        return last if state.output is None else last + resample(state.output, "up", fir=True)
 
 
 def _pyramid(channels: int, widths: Sequence[int]) -> list[tuple[int, int]]:

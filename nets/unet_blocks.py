@@ -40,7 +40,7 @@ class Style(NamedTuple):
     resample: Literal["block", "conv"] = "block"  # residual blocks, or single 3 x 3 convolutions
     attend_last: bool = False  # on the way up, attention after the last block of a resolution only
     narrow: bool = False  # the first convolution has `width` channels, whatever the first multiplier
-    pyramid: bool = False  # the image, downsampled by convolutions, is added at each resolution of the way down
+    pyramid: Literal["none", "residual", "skip"] = "none"  # the image at each resolution beside the features: `UNet`
     labels_first: bool = False  # labels are added to the sinusoids; else to the embedded time
     endpoint: bool = False  # the slowest sinusoid is exactly 1 / 10,000
     fourier: bool = False  # random frequencies, twice as many, in place of sinusoids
@@ -50,11 +50,13 @@ SONG = Style(False, math.sqrt(0.5), 1e-6, project=True, attend_last=True, narrow
 STYLES = {
     "adm": Style(),
     "ddpm++": SONG,
-    "ncsn++": SONG._replace(fir=True, pyramid=True, fourier=True),
+    "ncsn++": SONG._replace(fir=True, pyramid="residual", fourier=True),
+    "ncsn++-skip": SONG._replace(fir=True, pyramid="skip", fourier=True),
     "ldm": Style(scale_shift=False, resample="conv"),
     "autoencoder": Style(scale_shift=False, epsilon=1e-6, resample="conv"),
 }
-"""By name: ADM (2105.05233), score SDE's DDPM++ and NCSN++ as in EDM (2206.00364), latent diffusion (2112.10752)."""
+"""By name: ADM (2105.05233), score SDE's DDPM++ and NCSN++ as in EDM (2206.00364), score SDE's for large images
+(2011.13456), latent diffusion (2112.10752)."""
 
 
 def resample(

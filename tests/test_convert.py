@@ -45,11 +45,12 @@ def output(name, net):
 
     @jit
     def run(net, x, t):
-        if isinstance(net, nets.AutoencoderKL):
-            q = net.encode(x)
-            return q.mean.reshape(len(x), -1), net.decode(q.mean).reshape(len(x), -1)
-        told = None if y is None else jnp.asarray(y)
-        state, c = net.embed(x, t, nets.Text(told) if official.CASES[name].text else told)
+        if isinstance(net, nets.AutoencoderKL | nets.VQAutoencoder):
+            kl = isinstance(net, nets.AutoencoderKL)
+            z = net.encode(x).mean if kl else net.encode(x)
+            return z.reshape(len(x), -1), net.decode(z if kl else net.quantise(z).z).reshape(len(x), -1)
+        told = tuple(map(jnp.asarray, y if isinstance(y, tuple) else () if y is None else (y,)))
+        state, c = net.embed(x, t, nets.Text(*told) if official.CASES[name].text else told[0] if told else None)
         whole = net.project(net.run(state, c), c)
         return whole if not isinstance(net, nets.SiT) else whole[..., : net.channels]
 
@@ -89,7 +90,7 @@ def test_misfits_are_listed():
         convert.to_ours({}, form, abstract(name))
     with pytest.raises(ValueError, match="it fits a UNet, not a DiT"):
         convert.to_ours(good, "edm", abstract(name))
-    with pytest.raises(ValueError, match="unknown layout 'dits'; known: dit, edm"):
+    with pytest.raises(ValueError, match="unknown layout 'dits'; known: dit, uvit"):
         convert.to_ours(good, "dits", abstract(name))
     tied = theirs("DiT (diffusers)")
     other = {k: v + 1 if "blocks.1.norm1.emb.class" in k else v for k, v in tied.items()}
@@ -98,6 +99,85 @@ def test_misfits_are_listed():
     sub = {f"ema.{k}": v for k, v in good.items()} | {"opt.step": np.zeros(1, np.float32)}
     _, left = convert.to_ours(sub, form, abstract(name))  # a prefix, and things beside the net
     assert left == ("opt.step",)
+
+
+def test_averages_are_read_where_there_are_some():
+    """Under a prefix, and latent diffusion's, whose names have lost their dots."""
+    good = theirs("DiT")
+    both = {f"ema.{k}": v for k, v in good.items()} | {f"model.{k}": 2 * v for k, v in good.items()}
+    for ema, factor in ((True, 1), (False, 2)):
+        net, left = convert.to_ours(both, "dit", abstract("DiT"), ema=ema)
+        np.testing.assert_array_equal(net.out.kernel[...], factor * good["final_layer.linear.weight"].T)
+        assert len(left) == len(good) and all(name.startswith("model." if ema else "ema.") for name in left)
+    with pytest.raises(convert.WeightsError, match="holds averaged weights alone"):
+        convert.to_ours({f"ema.{k}": v for k, v in good.items()}, "dit", abstract("DiT"), ema=False)
+    good = theirs("LDM")
+    both = {f"model.diffusion_model.{k}": 2 * v for k, v in good.items()} | {"model_ema.decay": np.ones(())}
+    both |= {"model_ema.diffusion_model" + k.replace(".", ""): v for k, v in good.items()}
+    for ema, factor in ((True, 1), (False, 2)):
+        net, left = convert.to_ours(both, "ldm", abstract("LDM"), ema=ema)
+        np.testing.assert_array_equal(net.norm.scale[...], factor * good["out.0.weight"])
+        assert len(left) == len(good) + 1 and "model_ema.decay" in left
+
+
+def test_score_sdes_averages_have_no_names(tmp_path, no_torch):
+    """A list in the order of the trained parameters: the frequencies, which are not trained, are not in it."""
+    name = "NCSN++ (score SDE)"
+    with np.load(FROZEN) as file:
+        order = [k for k in json.loads(str(file[f"{name}/shapes"])) if k != "sigmas"]
+    weights = {k: theirs(name)[k] for k in order}
+    assert order[0] == "all_modules.0.W"
+    tensors = {f"module.{k}": Tensor(v, f"m{i}") for i, (k, v) in enumerate(weights.items())}
+    tensors = {"module.sigmas": Tensor(np.ones(10, np.float32), "s"), **tensors}
+    listed = [Tensor(3 * weights[k], f"e{i}") for i, k in enumerate(order[1:])]
+    ema = {"decay": 0.999, "num_updates": 5, "shadow_params": listed}
+    file = tmp_path / "checkpoint_8.pth"
+    everything = [*tensors.values(), *listed]
+    write_zip(
+        file, {"optimizer": {"state": {}}, "model": tensors, "ema": ema, "step": 7}, [t.storage for t in everything]
+    )
+    net, left = convert.load(file, "score-sde", abstract(name))
+    want, _ = convert.to_ours(
+        {k: v if k == order[0] else 3 * v for k, v in weights.items()}, "score-sde", abstract(name)
+    )
+    jax.tree.map(np.testing.assert_array_equal, net, want)
+    assert "model.module.sigmas" not in left[1:] and "model.module.all_modules.1.weight" in left
+    plain, _ = convert.load(file, "score-sde", abstract(name), ema=False)
+    np.testing.assert_array_equal(plain.norm.scale[...] * 3, net.norm.scale[...])
+    found = convert.read(file)
+    del found["ema.shadow_params.11"]
+    with pytest.raises(convert.WeightsError, match=r"the 153 arrays of ema.shadow_params are not the 154 trained"):
+        convert.to_ours(found, "score-sde", abstract(name))
+
+
+def test_names_of_older_diffusers():
+    """Attention of its autoencoders was called query, key, value and proj_attn."""
+    good, name = theirs("VAE (diffusers)"), "VAE (diffusers)"
+    now_then = (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn"))
+    old = dict(good)
+    for now, then in now_then:
+        old = {k.replace(f".{now}.", f".{then}."): v for k, v in old.items()}
+    assert {*old} != {*good}
+    got, want = (convert.to_ours(a, "diffusers-vae", abstract(name))[0] for a in (old, good))
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+def test_weights_of_another_image_size():
+    good, name = theirs("U-ViT"), "U-ViT"
+    kind, channels, options = official.CASES[name].net
+    large = nnx.eval_shape(lambda: nets.build(kind, 12, channels, rngs=nnx.Rngs(0), **options))
+    with pytest.raises(
+        convert.WeightsError, match=r"pos_embed: shape \(1, 18, 32\), as ours \(18, 32\); expected \(38, 32\)"
+    ):
+        convert.to_ours(good, "uvit", large)
+    net, _ = convert.to_ours(good, "uvit", large, resize=True)
+    table = good["pos_embed"][0]
+    np.testing.assert_array_equal(net.positions[...], nets.patches.resize_positions(table, (6, 6), 2))
+    np.testing.assert_array_equal(net.positions[:2], table[:2])
+    told = theirs("DiT") | {"pos_embed": np.zeros((1, 64, 32), np.float32)}
+    with pytest.raises(convert.WeightsError, match="pos_embed: positions of 64 patches, where the net has 16"):
+        convert.to_ours(told, "dit", abstract("DiT"))
+    convert.to_ours(told, "dit", abstract("DiT"), resize=True)
 
 
 # --- PyTorch's files, written here with pickle alone

@@ -270,3 +270,106 @@ def test_positions_tell_every_place_apart():
     distance = np.abs(table[:, None] - table[None]).max(-1) + np.eye(24)
     assert distance.min() > 0.05
     np.testing.assert_array_equal(table[:4, 8:], np.broadcast_to(table[0, 8:], (4, 16)))  # the last axis comes first
+
+
+def test_positions_between_those_of_training():
+    table = patches.positions((2, 3), 8)
+    np.testing.assert_allclose(patches.positions((4, 6), 8, scale=2).reshape(4, 6, 8)[::2, ::2].reshape(6, 8), table)
+    moved = patches.positions((4, 6), 8, offsets=(-1, -2.0))
+    np.testing.assert_allclose(moved.reshape(4, 6, 8)[1:3, 2:5].reshape(6, 8), table, atol=1e-15)
+    each = patches.positions((4, 3), 8, scale=(2.0, 1.0)).reshape(4, 3, 8)[::2].reshape(6, 8)
+    np.testing.assert_allclose(each, table)
+    x = sample(2, 8, 8, 3)
+    plain, scaled = (make("DiT", 8, rope_scale=s) for s in (1.0, 2.0))
+    a, b = (jit(lambda net, x: net.embed(x, T)[0])(net, x) for net in (plain, scaled))
+    close(
+        b - a, jnp.broadcast_to(patches.positions((4, 4), 16, scale=2) - patches.positions((4, 4), 16), a.shape), 1e-4
+    )
+
+
+def cubic(n, m):
+    """Weights (m, n) of bicubic interpolation (Keys, a = -1/2), stretched where the axis shrinks; rows sum to one."""
+    scale, weights = max(n / m, 1.0), np.zeros((m, n))
+    for i, j in np.ndindex(m, n):
+        d = abs((i + 0.5) * n / m - 0.5 - j) / scale
+        weights[i, j] = 1.5 * d**3 - 2.5 * d**2 + 1 if d <= 1 else -0.5 * d**3 + 2.5 * d**2 - 4 * d + 2 if d < 2 else 0
+    return weights / weights.sum(1, keepdims=True)
+
+
+@pytest.mark.parametrize("grid", [(6, 6), (3, 7), (2, 2)])
+def test_learned_positions_of_another_grid(grid):
+    table = np.random.default_rng(0).normal(size=(2 + 16, 5)).astype(np.float32)
+    got = patches.resize_positions(table, grid, 2)
+    want = np.einsum("ia,jb,abd->ijd", cubic(4, grid[0]), cubic(4, grid[1]), table[2:].reshape(4, 4, 5).astype(float))
+    np.testing.assert_array_equal(got[:2], table[:2])
+    np.testing.assert_allclose(got[2:], want.reshape(-1, 5), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(patches.resize_positions(table, (4, 4), 2), table, rtol=1e-6, atol=1e-6)
+    with pytest.raises(ValueError, match="18 positions are not 1 and those of a square"):
+        patches.resize_positions(table, grid, 1)
+
+
+# --- points
+def test_voxels_of_points_and_back():
+    """Means by a loop; trilinear interpolation by a loop over corners, exact for an affine function of the place."""
+    rng = np.random.default_rng(0)
+    places, features = rng.uniform(0, 3, (2, 40, 3)), rng.normal(size=(2, 40, 5))
+    places[0, :3] = [[0, 0, 0], [3, 3, 3], [3, 0, 1.25]]
+    want, back = np.zeros((2, 4, 4, 4, 5)), np.zeros((2, 40, 5))
+    grid = rng.normal(size=(2, 4, 4, 4, 5))
+    for b in range(2):
+        inside = {}
+        for place, feature in zip(places[b], features[b], strict=True):
+            inside.setdefault(tuple(np.round(place).astype(int)), []).append(feature)
+        for at, found in inside.items():
+            want[(b, *at)] = np.mean(found, axis=0)
+        for n, place in enumerate(places[b]):
+            for corner in itertools.product(range(4), repeat=3):
+                weight = np.prod(np.maximum(1 - np.abs(place - corner), 0))
+                back[b, n] += weight * grid[(b, *corner)]
+    assert max(map(len, inside.values())) > 1 and not want.all()
+    np.testing.assert_allclose(patches.voxelise(jnp.asarray(places), jnp.asarray(features), 4), want, atol=1e-12)
+    np.testing.assert_allclose(patches.devoxelise(jnp.asarray(grid), jnp.asarray(places)), back, atol=1e-12)
+    centres = np.stack(np.meshgrid(*[np.arange(4.0)] * 3, indexing="ij"), -1).reshape(1, 64, 3)
+    values = rng.normal(size=(1, 64, 5))
+    volume = patches.voxelise(jnp.asarray(centres), jnp.asarray(values), 4)
+    np.testing.assert_allclose(patches.devoxelise(volume, jnp.asarray(centres)), values, atol=1e-12)
+    cloud = rng.normal(size=(2, 30, 3)) * 7 + 5
+    found = np.asarray(patches.voxel_places(jnp.asarray(cloud), 8))
+    assert found.min() >= 0 and found.max() <= 7
+    np.testing.assert_allclose(found.mean(1), 4, atol=0.5)
+    moved = patches.voxel_places(jnp.asarray(3 * cloud - 2), 8)  # neither the place of the cloud nor its size matters
+    np.testing.assert_allclose(moved, found, atol=1e-9)
+    farthest = np.linalg.norm(cloud - cloud.mean(1, keepdims=True), axis=-1).max(1)
+    middle = np.asarray([np.linalg.norm(found[b] - 4, axis=-1) for b in range(2)])
+    ratio = np.linalg.norm(cloud - cloud.mean(1, keepdims=True), axis=-1) / farthest[:, None] * 4
+    inner = ratio < 3  # those that are not clipped
+    np.testing.assert_allclose(middle[inner], ratio[inner], rtol=1e-9)
+    assert np.isfinite(patches.voxel_places(jnp.zeros((1, 3, 3)), 4)).all()
+
+
+def test_dit_of_points():
+    """The order of the points does not matter; what they are told does; parts are the whole."""
+    options = {"points": 20, "patch": 2, "width": 24, "depth": 2, "heads": 2, "num_classes": 3}
+    net, x, y = make("PointDiT", 4, 4, **options), sample(2, 20, 4), jnp.asarray([0, 2])
+    order = np.random.default_rng(0).permutation(20)
+
+    @jit
+    def run(net, x, y):
+        state, c = net.embed(x, T, y)
+        return net(x, T, y), net.project(net.run(net.run(state, c, 0, 1), c, 1), c)
+
+    whole, parts = run(net, x, y)
+    close(parts, whole)
+    close(run(net, x[:, order], y)[0], whole[:, order], 1e-4)
+    assert whole.shape == x.shape and np.abs(run(net, x, y[::-1])[0] - whole).max() > 1e-3
+    again = nnx.eval_shape(lambda: nets.build(**net.config, rngs=nnx.Rngs(0)))
+    assert again.config == net.config and net.grid == (2, 2, 2) and net.shape == (20, 4)
+    for wrong, message in (
+        ({"channels": 2}, "3 channels or more"),
+        ({"size": (4, 4, 2)}, "expected a cube of voxels"),
+        ({"points": 0}, "1 point or more"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make("PointDiT", **{"size": 4, "channels": 4, **options, **wrong})
+    with pytest.raises(ValueError, match="takes a time a sample"):
+        net(x, jnp.ones((2, 20, 1), jnp.float32), y)

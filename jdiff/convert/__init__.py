@@ -6,6 +6,7 @@
 Nothing in a file is executed (`torch_file`); which array goes where is a table (`layouts`).
 """
 
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,8 @@ from typing import Any, TypeVar
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+
+from jdiff.nets.patches import resize_positions
 
 from .layouts import LAYOUTS as LAYOUTS
 from .layouts import Layout
@@ -26,25 +29,28 @@ __all__ = ["LAYOUTS", "WeightsError", "load", "read", "save", "to_ours", "to_the
 N = TypeVar("N", bound=nnx.Module)
 
 
-def load(path: str | Path, layout: str, net: N) -> tuple[N, tuple[str, ...]]:
-    """(net with the parameters of the file, names in it that the layout leaves aside).
+def load(path: str | Path, layout: str, net: N, *, ema: bool = True, resize: bool = False) -> tuple[N, tuple[str, ...]]:
+    """(net with the parameters of the file, names in it that are left aside).
 
-    net may be abstract (`nnx.eval_shape`). WeightsError for a file that `read` refuses, or whose entries do not fit.
+    net may be abstract (`nnx.eval_shape`). ema: take the averaged weights where the file has them beside the others.
+    resize: weights of another image size are welcome: learned positions are interpolated (`patches.resize_positions`),
+    fixed ones are the net's (`rope_scale`). WeightsError for a file that `read` refuses, or that does not fit.
     """
     try:
-        return to_ours(read(path), layout, net)
+        return to_ours(read(path), layout, net, ema=ema, resize=resize)
     except WeightsError as error:
         text = str(error)
         raise WeightsError(text if text.startswith(str(path)) else f"{path}: {text}") from None
 
 
-def to_ours(arrays: Mapping[str, np.ndarray], layout: str, net: N) -> tuple[N, tuple[str, ...]]:
+def to_ours(
+    arrays: Mapping[str, np.ndarray], layout: str, net: N, *, ema: bool = True, resize: bool = False
+) -> tuple[N, tuple[str, ...]]:
     """`load` of arrays under their names. WeightsError lists missing, extra and misshapen entries, the first ten."""
     form = _layout(layout, net)
     moves = list(form.rows(net))
     names = [name for move in moves for name in move.theirs]
-    prefix = max(form.prefixes, key=lambda p: sum(f"{p}{name}" in arrays for name in names))
-    inside = {name.removeprefix(prefix): a for name, a in arrays.items() if name.startswith(prefix)}
+    inside, others = _choose(arrays, form, names, ema)
     spare = [name for name in inside if name not in set(names)]
     left = [name for name in spare if re.fullmatch(form.ignored, name)]
     problems = [("missing", name) for name in names if name not in inside]
@@ -59,9 +65,15 @@ def to_ours(arrays: Mapping[str, np.ndarray], layout: str, net: N) -> tuple[N, t
         given = [np.asarray(inside[name], np.float32) for name in move.theirs]
         try:
             array = move.here(given)
-        except ValueError as error:
+        except (ValueError, IndexError) as error:
             problems.append((f"shape {[a.shape for a in given]} cannot be {want}: {error}", move.theirs[0]))
             continue
+        if resize and move.extras is not None and array.shape != want:
+            try:
+                array = resize_positions(array, getattr(net, "grid"), move.extras)  # noqa: B009
+            except ValueError as error:
+                problems.append((f"cannot be resized: {error}", move.theirs[0]))
+                continue
         if array.shape != want:
             shown = ", ".join(str(a.shape) for a in given)
             problems.append((f"shape {shown}, as ours {array.shape}; expected {want}", " and ".join(move.theirs)))
@@ -69,14 +81,36 @@ def to_ours(arrays: Mapping[str, np.ndarray], layout: str, net: N) -> tuple[N, t
             found[move.ours] = array
         else:
             found.setdefault(move.ours, np.zeros(shape, np.float32))[move.slice] = array
+    patches = math.prod(getattr(net, "grid", ()))
+    for name in left:  # fixed positions are not read, but tell the image size
+        if name.endswith("pos_embed") and not resize and (rows := inside[name].shape[-2]) != patches:
+            problems.append((f"positions of {rows} patches, where the net has {patches}", name))
     if problems or extra:
         raise WeightsError(_report(layout, net, [*problems, *extra], len(names)))
     if unset := [path for path in flat if path not in found]:
         raise WeightsError(f"layout {layout} says nothing of {', '.join(unset[:10])}, which this net has")
     place = lambda path, v: v.replace(jnp.asarray(found["/".join(map(str, path))], v.dtype))
     state = nnx.from_flat_state([(path, place(path, v)) for path, v in nnx.to_flat_state(nnx.state(net))])
-    others = [name for name in arrays if not name.startswith(prefix)]
     return nnx.merge(nnx.graphdef(net), state), (*left, *others)
+
+
+def _choose(
+    arrays: Mapping[str, np.ndarray], form: Layout, names: Sequence[str], ema: bool
+) -> tuple[Mapping[str, np.ndarray], list[str]]:
+    """(the arrays that hold the net, without their prefix; the other names): averages if asked for and there."""
+    for old, new in form.older:
+        arrays = {name.replace(old, new): a for name, a in arrays.items()}
+    if ema and (place := form.averages(arrays, names)):
+        used = set(place.values())
+        return {name: arrays[there] for name, there in place.items()}, [name for name in arrays if name not in used]
+    hits = {p: sum(f"{p}{name}" in arrays for name in names) for p in form.prefixes}
+    prefix = max([p for p in hits if ema or not p.startswith("ema")] or [""], key=lambda p: hits.get(p, 0))
+    if not hits.get(prefix) and any(hits.values()):
+        raise WeightsError("the file holds averaged weights alone; read those (leave out --no-ema)")
+    return (
+        {name.removeprefix(prefix): a for name, a in arrays.items() if name.startswith(prefix)},
+        [name for name in arrays if not name.startswith(prefix)],
+    )
 
 
 def to_theirs(net: nnx.Module, layout: str) -> dict[str, np.ndarray]:
@@ -114,5 +148,5 @@ def _report(layout: str, net: Any, problems: Sequence[tuple[str, str]], total: i
     more = f"\n  and {len(problems) - 10} more" if len(problems) > 10 else ""
     return (
         f"{len(problems)} entries do not fit layout {layout} of {net.name}, which has {total}:\n{shown}{more}\n"
-        "Check --net and its options (num_classes, learn_sigma, null_class, ..)"
+        "Check --net and its options (num_classes, learn_sigma, null_class, ..); --resize takes another image size's"
     )

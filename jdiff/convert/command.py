@@ -15,6 +15,10 @@ HELP = """Weights of published nets to one .safetensors file of ours, and back. 
   jdiff convert edm-imagenet-64x64-cond-adm.pkl --layout edm --net UNet-ADM-64 --size 64 \\
       --net-options num_classes 1000 time_scale 1.0
   jdiff convert v1-5-pruned.ckpt --layout sd-vae --net AutoencoderKL --size 512
+  jdiff convert imagenet256_uvit_large.pth --layout uvit --net UViT-L/2 --size 32 --channels 4 \\
+      --net-options num_classes 1000
+  jdiff convert sd3_medium.safetensors --layout sd3 --net MMDiT-SD3 --size 128 --channels 16
+  jdiff convert checkpoint_24.pth --layout score-sde --net UNet-NCSN++-256 --size 256
   jdiff convert vae.safetensors --layout sd-vae --net AutoencoderKL --size 512 --back --out official.safetensors
 
 The net is then `net, params, meta = jdiff.checkpoint.load_params("dit.safetensors")`. Layouts:
@@ -30,6 +34,8 @@ class ConvertConfig:
     channels: int = 3  # of its images or latents
     net_options: dict[str, str] = field(default_factory=dict)  # more of the net's arguments: name value name value ..
     out: Path = Path("converted.safetensors")  # the file to write
+    ema: bool = True  # averaged weights, where the file has them beside the others
+    resize: bool = False  # weights of another image size: learned positions are interpolated
     back: bool = False  # the file given is ours; write the layout's names
 
 
@@ -48,7 +54,7 @@ def convert(file: Path, config: ConvertConfig) -> str:
         return f"{config.out}: {net.name} under the names of {config.layout}"
     options = {name: _value(text) for name, text in config.net_options.items()}
     make = lambda: nets.build(config.net, config.size, config.channels, rngs=nnx.Rngs(0), **options)
-    net, left = convert.load(file, config.layout, nnx.eval_shape(make))
+    net, left = convert.load(file, config.layout, nnx.eval_shape(make), ema=config.ema, resize=config.resize)
     write_net(net, config.out, source=file.name, layout=config.layout)
     shown = f"; left aside: {', '.join(left[:10])}{', ..' if len(left) > 10 else ''}" if left else ""
     count = sum(v.size for _, v in nnx.to_flat_state(nnx.state(net)))

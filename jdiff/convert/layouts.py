@@ -4,14 +4,17 @@ A layout is a function from one of our nets to rows (their names, our path, how 
 are stacked, a row says which slice is meant. Nothing here knows files.
 """
 
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from jdiff.nets import AutoencoderKL, DiT, UNet
+from jdiff.nets import AutoencoderKL, DiT, MMDiT, UNet, UViT, VQAutoencoder
 from jdiff.nets.patches import per_axis
 from jdiff.nets.unet_blocks import Block, Resample
+
+from .torch_file import WeightsError
 
 Arrays = list[np.ndarray]
 
@@ -24,6 +27,7 @@ class Move(NamedTuple):
     here: Callable[[Arrays], np.ndarray]
     there: Callable[[np.ndarray], Arrays]
     slice: int | None = None  # of a stacked array of ours
+    extras: int | None = None  # of a table of positions: its rows before those of the patches
 
 
 Rows = Iterator[Move]
@@ -80,7 +84,7 @@ def heads_first(width: int, heads: int, channels_first: bool = False) -> np.ndar
 
 
 # --------------------------------------------------------------------------------------------------- transformers
-def patches(net: DiT) -> Op:
+def patches(net: DiT | UViT | MMDiT) -> Op:
     """A convolution over patches, as one matrix for their flattened pixels."""
     sides = per_axis(net.patch, 2)
     return (
@@ -136,6 +140,123 @@ def dit_diffusers(net: DiT) -> Rows:
         yield from layer(f"{at}.norm1.linear", "blocks/modulation", index=i)
     yield from layer("proj_out_1", "modulation")
     yield from layer("proj_out_2", "out")
+
+
+def uvit(net: UViT) -> Rows:
+    """U-ViT (baofff/U-ViT): of labels, and of a text, whose embeddings stand after the time there."""
+    yield from layer("patch_embed.proj", "patches", patches(net))
+    if net.num_classes:
+        yield one("label_emb.weight", "labels")
+    if net.context:
+        yield from layer("context_embed", "text")
+    n, turn = net.extras, 1 if net.context else 0
+    moved = lambda w, k: np.concatenate([np.roll(w[:n], k, 0), w[n:]])
+    table = one("pos_embed", "positions", (lambda w: moved(w[0], -turn), lambda w: moved(w, turn)[None]))
+    yield table._replace(extras=n)
+    half = net.depth // 2
+    places = [("in_blocks.", "down", half), ("mid_block", "middle", 1), ("out_blocks.", "up", half)]
+    for theirs, ours, count in places:
+        for i in range(count):
+            at, index = (f"{theirs}{i}", i) if ours != "middle" else (theirs, None)
+            for k, name in ((1, "attention"), (2, "mlp")):
+                yield one(f"{at}.norm{k}.weight", f"{ours}/norm_{name}/scale", index=index)
+                yield one(f"{at}.norm{k}.bias", f"{ours}/norm_{name}/bias", index=index)
+            yield from layer(f"{at}.attn.qkv", f"{ours}/attention/qkv", index=index, bias=False)
+            yield from layer(f"{at}.attn.proj", f"{ours}/attention/out", index=index)
+            yield from layer(f"{at}.mlp.fc1", f"{ours}/mlp_in", index=index)
+            yield from layer(f"{at}.mlp.fc2", f"{ours}/mlp_out", index=index)
+            if ours == "up":
+                yield from layer(f"{at}.skip_linear", f"{ours}/skip", index=index)
+    yield from norm("norm", "norm")
+    yield from layer("decoder_pred", "out")
+    yield from layer("final_layer", "smooth", CONV)
+
+
+class Streams(NamedTuple):
+    """An MM-DiT's names: of what stands around the blocks, and of each stream's parts of block {}, under ours.
+
+    scale_first: the modulation of the output, and of the last block's text, has scale before shift.
+    """
+
+    around: dict[str, str]
+    image: dict[str, str | tuple[str, ...]]
+    text: dict[str, str | tuple[str, ...]]
+    scale_first: bool
+
+
+_OURS = (
+    "attention/qkv", "attention/out", "mlp_in", "mlp_out", "modulation", "attention/norm_q", "attention/norm_k",
+)  # fmt: skip
+_AROUND = (
+    "patches", "conditioning/time_in", "conditioning/time_out", "pooled_in", "pooled_out", "text_in", "out",
+    "modulation", "table",
+)  # fmt: skip
+
+
+def _parts(block: str, *names: str | tuple[str, ...]) -> dict[str, str | tuple[str, ...]]:
+    full = lambda name: f"{block}.{name}"
+    each = [full(n) if isinstance(n, str) else tuple(map(full, n)) for n in names]
+    return dict(zip(_OURS, each, strict=True))
+
+
+_JOINT = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "adaLN_modulation.1", "attn.ln_q", "attn.ln_k")
+SD3 = Streams(
+    dict(zip(_AROUND, (
+        "x_embedder.proj", "t_embedder.mlp.0", "t_embedder.mlp.2", "y_embedder.mlp.0", "y_embedder.mlp.2",
+        "context_embedder", "final_layer.linear", "final_layer.adaLN_modulation.1", "pos_embed",
+    ), strict=True)),
+    _parts("joint_blocks.{}.x_block", *_JOINT),
+    _parts("joint_blocks.{}.context_block", *_JOINT),
+    scale_first=False,
+)  # fmt: skip
+SD3_DIFFUSERS = Streams(
+    dict(zip(_AROUND, (
+        "pos_embed.proj", "time_text_embed.timestep_embedder.linear_1", "time_text_embed.timestep_embedder.linear_2",
+        "time_text_embed.text_embedder.linear_1", "time_text_embed.text_embedder.linear_2", "context_embedder",
+        "proj_out", "norm_out.linear", "pos_embed.pos_embed",
+    ), strict=True)),
+    _parts(
+        "transformer_blocks.{}", ("attn.to_q", "attn.to_k", "attn.to_v"), "attn.to_out.0", "ff.net.0.proj", "ff.net.2",
+        "norm1.linear", "attn.norm_q", "attn.norm_k",
+    ),
+    _parts(
+        "transformer_blocks.{}", ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"), "attn.to_add_out",
+        "ff_context.net.0.proj", "ff_context.net.2", "norm1_context.linear", "attn.norm_added_q", "attn.norm_added_k",
+    ),
+    scale_first=True,
+)  # fmt: skip
+
+
+def mmdit(names: Streams) -> Callable[[MMDiT], Rows]:
+    """Stable Diffusion 3's MM-DiT, and 3.5's with qk_norm, under these names."""
+
+    def rows(net: MMDiT) -> Rows:
+        swap = np.roll(np.arange(2 * net.width), net.width) if names.scale_first else None
+        for ours, theirs in names.around.items():
+            if ours == "table":
+                if net.table is not None:
+                    yield one(theirs, "table", (lambda w: w[0], lambda w: w[None]))
+            elif ours == "patches":
+                yield from layer(theirs, ours, patches(net))
+            else:
+                yield from layer(theirs, ours, order=swap if ours == "modulation" else None)
+        for i in range(net.depth):
+            last = i == net.depth - 1
+            path, index = ("last", None) if last else ("blocks", i)
+            for stream, parts in (("image", names.image), ("text", names.text)):
+                dropped = last and stream == "text"
+                for ours, theirs in parts.items():
+                    at = f"{path}/{stream}/{ours}"
+                    if isinstance(theirs, tuple):
+                        yield from joined([name.format(i) for name in theirs], at, index=index)
+                    elif ours.startswith("attention/norm"):
+                        if net.qk_norm:
+                            yield one(f"{theirs.format(i)}.weight", f"{at}/scale", index=index)
+                    elif not dropped or ours in ("attention/qkv", "modulation"):
+                        order = swap if dropped and ours == "modulation" else None
+                        yield from layer(theirs.format(i), at, index=index, order=order)
+
+    return rows
 
 
 # ---------------------------------------------------------------------------------------------------------- U-Nets
@@ -269,7 +390,11 @@ def edm(net: UNet) -> Rows:
             yield from layer(f"{theirs}.qkv", f"{path}/attention/qkv", POINT, order=order)
             yield from layer(f"{theirs}.proj", f"{path}/attention/out", POINT)
     for i in range(len(net.pyramid or ())):
-        yield from layer(f"enc.{at(i + 1)}_aux_residual", f"pyramid/{i}", CONV)
+        aux, op = ("aux_residual", CONV) if net.to_image is None else ("aux_skip", POINT)
+        yield from layer(f"enc.{at(i + 1)}_{aux}", f"pyramid/{i}", op)
+    for i in range(len(net.to_image or ())):
+        yield from norm(f"dec.{at(i + 1)}_aux_norm", f"to_image/{i}/norm")
+        yield from layer(f"dec.{at(i + 1)}_aux_conv", f"to_image/{i}/conv", CONV)
     yield from norm(f"dec.{at(0)}_aux_norm" if song else "out_norm", "norm")
     yield from layer(f"dec.{at(0)}_aux_conv" if song else "out_conv", "conv_out", CONV)
 
@@ -285,6 +410,9 @@ def score_sde(net: UNet) -> Rows:
     yield from layer(following(), "conditioning/time_out")
     yield from layer(following(), "conv_in", CONV)
     for path, block in named(net):
+        if block.to == "up" and net.to_image is not None:
+            yield from norm(following(), f"to_image/{block.level}/norm")
+            yield from layer(following(), f"to_image/{block.level}/conv", CONV)
         yield from residual(following(), path, block, SONG)
         if block.attention is not None:
             there = following()
@@ -299,7 +427,8 @@ def score_sde(net: UNet) -> Rows:
             yield one(f"{there}.NIN_3.W", f"{path}/attention/out/kernel")
             yield one(f"{there}.NIN_3.b", f"{path}/attention/out/bias")
         if block.to == "down" and net.pyramid is not None:
-            yield from layer(f"{following()}.Conv2d_0", f"pyramid/{block.level - 1}", CONV)
+            name, op = ("Conv2d_0", CONV) if net.to_image is None else ("Conv_0", POINT)
+            yield from layer(f"{following()}.{name}", f"pyramid/{block.level - 1}", op)
     yield from norm(following(), "norm")
     yield from layer(following(), "conv_out", CONV)
 
@@ -330,18 +459,37 @@ def unet_diffusers(net: UNet) -> Rows:
 
 
 # ----------------------------------------------------------------------------------------------------- autoencoder
-def autoencoder(net: AutoencoderKL) -> Rows:
+def autoencoder(net: AutoencoderKL | VQAutoencoder) -> Rows:
     """Latent diffusion's AutoencoderKL, as in Stable Diffusion's checkpoints."""
     yield from coders(net, LDM, POINT, ("norm", "q", "k", "v", "proj_out"), hugging=False)
 
 
-def autoencoder_diffusers(net: AutoencoderKL) -> Rows:
+def autoencoder_vq(net: VQAutoencoder) -> Rows:
+    """Latent diffusion's VQModel."""
+    yield from autoencoder(net)
+    yield one("quantize.embedding.weight", "codebook")
+
+
+def vq_diffusers(net: VQAutoencoder) -> Rows:
+    """diffusers' VQModel."""
+    yield from autoencoder_diffusers(net)
+    yield one("quantize.embedding.weight", "codebook")
+
+
+def autoencoder_diffusers(net: AutoencoderKL | VQAutoencoder) -> Rows:
     """diffusers' AutoencoderKL."""
     names = ("group_norm", "to_q", "to_k", "to_v", "to_out.0")
     yield from coders(net, HUGGING, LINEAR, names, hugging=True)
 
 
-def coders(net: AutoencoderKL, names: tuple[str, ...], point: Op, attention: tuple[str, ...], *, hugging: bool) -> Rows:
+def coders(
+    net: AutoencoderKL | VQAutoencoder,
+    names: tuple[str, ...],
+    point: Op,
+    attention: tuple[str, ...],
+    *,
+    hugging: bool,
+) -> Rows:
     for side, coder in (("encoder", net.encoder), ("decoder", net.decoder)):
         down = side == "encoder"
         yield from layer(f"{side}.conv_in", f"{side}/conv_in", CONV)
@@ -379,35 +527,82 @@ def coders(net: AutoencoderKL, names: tuple[str, ...], point: Op, attention: tup
     yield from layer("post_quant_conv", "from_latent", POINT)
 
 
+# --------------------------------------------------------------------------------------- averages beside the weights
+Named = Mapping[str, np.ndarray]
+
+
+def shadows(arrays: Named, names: Sequence[str]) -> dict[str, str]:
+    """score_sde's averages: a list without names, in the order of the trained parameters of `model`; {} if none.
+
+    Its buffers (sigmas) and the random frequencies of the first module are not trained, and are the model's own.
+    """
+    found = [name for name in arrays if name.startswith("ema.shadow_params.")]  # in the list's order
+    model = {n.removeprefix("model.").removeprefix("module."): n for n in arrays if n.startswith("model.")}
+    trained = [n for n in model if not re.fullmatch(r"sigmas|all_modules\.0\.W", n)]
+    if found and [arrays[n].shape for n in found] != [arrays[model[n]].shape for n in trained]:
+        raise WeightsError(
+            f"the {len(found)} arrays of ema.shadow_params are not the {len(trained)} trained ones of the model, one after "
+            "another; without averages (--no-ema) the model's own are read"
+        )
+    return model | dict(zip(trained, found, strict=True)) if found else {}
+
+
+def undotted(arrays: Named, names: Sequence[str]) -> dict[str, str]:
+    """Latent diffusion's averages: under model_ema, dots left out of the names; {} if none."""
+    place = {name: f"model_ema.{('diffusion_model.' + name).replace('.', '')}" for name in names}
+    return {name: there for name, there in place.items() if there in arrays}
+
+
 class Layout(NamedTuple):
-    """A published net's table; `nets` of ours that it fits, prefixes that its names may have, what may be left over."""
+    """A published net's table, `nets` of ours that it fits, and how its files differ from it."""
 
     rows: Callable[[Any], Rows]
     nets: tuple[type, ...]
-    prefixes: tuple[str, ...]
+    prefixes: tuple[str, ...]  # that the names may have; those of averages begin with "ema"
     ignored: str  # a pattern of names: buffers, and parts that are used in training alone
     doc: str
+    averages: Callable[[Named, Sequence[str]], dict[str, str]] = lambda arrays, names: {}  # name -> name in the file
+    older: tuple[tuple[str, str], ...] = ()  # parts of names in files of older versions, and what they are now
 
 
+ATTENTION_BLOCK = ((".query.", ".to_q."), (".key.", ".to_k."), (".value.", ".to_v."), (".proj_attn.", ".to_out.0."))
 LAYOUTS = {
     "dit": Layout(dit, (DiT,), ("", "ema.", "model."), r"pos_embed", "official DiT and SiT (.pt)"),
+    "uvit": Layout(uvit, (UViT,), ("",), r"(?!)", "official U-ViT (.pth)"),
+    "sd3": Layout(
+        mmdit(SD3), (MMDiT,), ("model.diffusion_model.", ""), r"(?!)", "Stable Diffusion 3's MM-DiT (.safetensors)"
+    ),
     "edm": Layout(
         edm, (UNet,), ("ema.model.", "model.", ""), r".*resample_filter|map_augment\.weight|u",
         "EDM's DDPM++, NCSN++ and ADM (.pkl)",
     ),
     "guided-diffusion": Layout(guided, (UNet,), ("",), r"(?!)", "guided-diffusion's ADM (.pt)"),
     "ldm": Layout(
-        guided, (UNet,), ("model.diffusion_model.", ""), r"(?!)", "latent diffusion's U-Net, as in Stable Diffusion 1"
+        guided, (UNet,), ("model.diffusion_model.", ""), r"(?!)", "latent diffusion's U-Net, as in Stable Diffusion 1",
+        undotted,
     ),
     "score-sde": Layout(
-        score_sde, (UNet,), ("model.module.", "module.", ""), r"sigmas", "score_sde_pytorch's DDPM++ and NCSN++ (.pth)"
+        score_sde, (UNet,), ("model.module.", "module.", ""), r"sigmas", "score_sde_pytorch's DDPM++ and NCSN++ (.pth)",
+        shadows,
     ),
     "sd-vae": Layout(
         autoencoder, (AutoencoderKL,), ("first_stage_model.", "state_dict.", ""), r"loss\..*|model_ema\..*",
         "Stable Diffusion's autoencoder (.ckpt)",
     ),
+    "ldm-vq": Layout(
+        autoencoder_vq, (VQAutoencoder,), ("first_stage_model.", ""), r"loss\..*|model_ema\..*",
+        "latent diffusion's autoencoder with a codebook (.ckpt)",
+    ),
     "diffusers-dit": Layout(dit_diffusers, (DiT,), ("",), r"pos_embed\.pos_embed", "diffusers' DiTTransformer2DModel"),
+    "diffusers-sd3": Layout(
+        mmdit(SD3_DIFFUSERS), (MMDiT,), ("",), r"(?!)", "diffusers' SD3Transformer2DModel"
+    ),
     "diffusers-unet": Layout(unet_diffusers, (UNet,), ("",), r"(?!)", "diffusers' UNet2DConditionModel (SD 1)"),
-    "diffusers-vae": Layout(autoencoder_diffusers, (AutoencoderKL,), ("",), r"(?!)", "diffusers' AutoencoderKL"),
+    "diffusers-vae": Layout(
+        autoencoder_diffusers, (AutoencoderKL,), ("",), r"(?!)", "diffusers' AutoencoderKL", older=ATTENTION_BLOCK
+    ),
+    "diffusers-vq": Layout(
+        vq_diffusers, (VQAutoencoder,), ("",), r"(?!)", "diffusers' VQModel", older=ATTENTION_BLOCK
+    ),
 }  # fmt: skip
 """By name."""
