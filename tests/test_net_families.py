@@ -69,7 +69,7 @@ def count(module):
         ("MMDiT-SD3", 128, 16, None, 2_028_328_000 + 192 * 192 * 1536),
         ("UNet-DDPM++", 32, 3, None, 55_732_739),
         ("UNet-NCSN++", 32, 3, None, 56_395_523 + 128),
-        ("UNet-NCSN++-256", 256, 3, None, 65_574_549),
+        pytest.param("UNet-NCSN++-256", 256, 3, None, 65_574_549, marks=pytest.mark.long),
         pytest.param("UNet-LDM", 64, 4, None, 859_520_964, marks=pytest.mark.long),
         ("AutoencoderKL", 256, 3, None, 83_653_863),
         ("VQAutoencoder", 256, 3, None, 55_322_782),

@@ -541,8 +541,8 @@ def shadows(arrays: Named, names: Sequence[str]) -> dict[str, str]:
     trained = [n for n in model if not re.fullmatch(r"sigmas|all_modules\.0\.W", n)]
     if found and [arrays[n].shape for n in found] != [arrays[model[n]].shape for n in trained]:
         raise WeightsError(
-            f"the {len(found)} arrays of ema.shadow_params are not the {len(trained)} trained ones of the model, one after "
-            "another; without averages (--no-ema) the model's own are read"
+            f"the {len(found)} arrays of ema.shadow_params are not the {len(trained)} trained ones of the model, one "
+            "after another; without averages (--no-ema) the model's own are read"
         )
     return model | dict(zip(trained, found, strict=True)) if found else {}
 
