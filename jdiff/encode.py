@@ -101,8 +101,10 @@ def encode(images: str, config: EncodeConfig) -> str:
 
 def run(args: Sequence[str]) -> None:
     """The command."""
+    import tensorflow_datasets
     import tyro
 
+    tensorflow_datasets.disable_progress_bar()  # there is one of our own
     named = bool(args) and not args[0].startswith("-")
     config = tyro.cli(EncodeConfig, args=args[named:], prog="jdiff encode IMAGES", description=HELP)
     if not named:

@@ -1,6 +1,7 @@
 """Nets by name."""
 
 import difflib
+import inspect
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -153,6 +154,10 @@ def build(name: str, image_size: Size, channels: int, *, rngs: nnx.Rngs, **optio
         raise ValueError(f"unknown net {name!r}; did you mean {nearest[0]!r}? Known: {', '.join(PRESETS)}")
     preset = PRESETS[name]
     make: Any = preset.net
+    known = [p for kind in make.__mro__ if kind is not object for p in inspect.signature(kind.__init__).parameters]
+    if unknown := [option for option in options if option not in known]:
+        nearest = difflib.get_close_matches(unknown[0], known, n=1, cutoff=0.0)
+        raise ValueError(f"{name} has no option {unknown[0]!r}; did you mean {nearest[0]!r}?")
     net = make(image_size, channels, **{**preset.options, **options}, rngs=rngs)
     net.name = name
     return net

@@ -90,8 +90,15 @@ def test_misfits_are_listed():
         convert.to_ours({}, form, abstract(name))
     with pytest.raises(ValueError, match="it fits a UNet, not a DiT"):
         convert.to_ours(good, "edm", abstract(name))
-    with pytest.raises(ValueError, match="unknown layout 'dits'; known: dit, uvit"):
+    with pytest.raises(ValueError, match=r"unknown layout 'dits'; did you mean 'dit'\? Known: dit, uvit"):
         convert.to_ours(good, "dits", abstract(name))
+    with pytest.raises(
+        convert.WeightsError, match=r"no name of layout uvit is in the file, which has .*another layout\?"
+    ):
+        convert.to_ours(good, "uvit", abstract("U-ViT"))
+    flat = good | {"x_embedder.proj.weight": np.zeros(3, np.float32)}
+    with pytest.raises(convert.WeightsError, match=r"x_embedder.proj.weight: shape .* cannot be \(12, 32\)"):
+        convert.to_ours(flat, form, abstract(name))
     tied = theirs("DiT (diffusers)")
     other = {k: v + 1 if "blocks.1.norm1.emb.class" in k else v for k, v in tied.items()}
     with pytest.raises(convert.WeightsError, match="the blocks have different embedders"):
@@ -386,12 +393,17 @@ def test_the_command_there_and_back(tmp_path, capsys):
     save_file(theirs(name), there)
     options = "patch 2 width 32 depth 2 heads 4 num_classes 5 time_scale 1.0 learn_sigma True".split()
     place = ["--layout", "dit", "--net", "DiT", "--size", "8", "--out"]
+    wrong = ["--net-options", "num_class", "5"]
+    assert cli.main(["convert", str(there), *place, str(ours), *wrong]) == 2
+    assert "DiT has no option 'num_class'; did you mean 'num_classes'" in capsys.readouterr().err
+    assert cli.main(["convert", str(there), "--layout", "dit"]) == 2
+    assert "give --net" in capsys.readouterr().err
     assert cli.main(["convert", str(there), *place, str(ours), "--net-options", *options]) == 0
     net, _, meta = checkpoint.load_params(ours)
     want, _ = convert.to_ours(theirs(name), "dit", abstract(name))
     jax.tree.map(np.testing.assert_array_equal, net, want)
     assert meta["source"] == "there.safetensors" and meta["net"] == abstract(name).config
-    assert cli.main(["convert", str(ours), *place, str(back), "--back"]) == 0
+    assert cli.main(["convert", str(ours), "--layout", "dit", "--out", str(back), "--back"]) == 0
     for key, value in convert.read(back).items():
         np.testing.assert_array_equal(value, theirs(name)[key])
     assert "2,000" not in capsys.readouterr().err

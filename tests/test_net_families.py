@@ -69,7 +69,7 @@ def count(module):
         ("MMDiT-SD3", 128, 16, None, 2_028_328_000 + 192 * 192 * 1536),
         ("UNet-DDPM++", 32, 3, None, 55_732_739),
         ("UNet-NCSN++", 32, 3, None, 56_395_523 + 128),
-        ("UNet-NCSN++-256", 256, 3, None, 65_574_549),
+        pytest.param("UNet-NCSN++-256", 256, 3, None, 65_574_549, marks=pytest.mark.long),
         pytest.param("UNet-LDM", 64, 4, None, 859_520_964, marks=pytest.mark.long),
         ("AutoencoderKL", 256, 3, None, 83_653_863),
         ("VQAutoencoder", 256, 3, None, 55_322_782),
@@ -230,6 +230,24 @@ def test_macs_are_xlas_count(name):
 
     ratio = jax.jit(call).lower(net, struct(*net.shape), y).cost_analysis()["flops"] / (2 * macs(net))
     assert 1 < ratio < 1.05 if size == 16 else 0.97 < ratio < 1.01
+
+
+def test_table_of_positions():
+    """2403.03206, section 5.3.2: place (p - (table - s) / 2) 256 / S of an image of S = 16 s pixels; the middle."""
+    options = {**SMALL["MMDiT"], "positions_table": 10}
+    net = nets.build("MMDiT", (8, 12), 3, **options, rngs=nnx.Rngs(0))
+    p = np.arange(10)
+    row, column = ((p - (10 - s) / 2) * 256 / (16 * s) for s in (4, 6))
+    f = 10_000.0 ** -(np.arange(4) / 4)
+    part = lambda v: np.concatenate([np.sin(v[:, None] * f), np.cos(v[:, None] * f)], -1)
+    want = np.concatenate([np.broadcast_to(part(column), (10, 10, 8)), np.repeat(part(row)[:, None], 10, 1)], -1)
+    np.testing.assert_allclose(net.table[...].reshape(10, 10, 16), want, atol=1e-5)
+    np.testing.assert_allclose(net.positions().reshape(4, 6, 16), want[3:7, 2:8], atol=1e-5)
+    x, y = sample(1, 8, 12, 3), nets.Text(sample(1, 7, 6), sample(1, 4))
+    moved = jit(jax.grad(lambda net: net(x, 0.5, y).sum()))(filled(net))
+    assert not np.any(moved.table[...]) and np.any(moved.patches.kernel[...])
+    with pytest.raises(ValueError, match=r"a table of 5 x 5 holds no grid \(4, 6\)"):
+        abstract("MMDiT", (8, 12), 3, **{**options, "positions_table": 5})
 
 
 def test_text_reaches_every_net_that_takes_one():

@@ -509,7 +509,15 @@ def test_config_rebuilds_the_net(name):
 
 def test_every_preset_has_one_line_and_builds():
     counted = {"UNet-CIFAR", "UNet-ADM-64"}  # above, and in test_net_families; slow to build
-    counted |= {"MMDiT-SD3", "UNet-DDPM++", "UNet-NCSN++", "UNet-LDM", "AutoencoderKL", "VQAutoencoder"}
+    counted |= {
+        "MMDiT-SD3",
+        "UNet-DDPM++",
+        "UNet-NCSN++",
+        "UNet-NCSN++-256",
+        "UNet-LDM",
+        "AutoencoderKL",
+        "VQAutoencoder",
+    }
     assert counted < {*nets.PRESETS}
     for name, preset in nets.PRESETS.items():
         assert "\n" not in preset.doc and len(preset.doc) < 100

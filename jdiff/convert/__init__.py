@@ -6,6 +6,7 @@
 Nothing in a file is executed (`torch_file`); which array goes where is a table (`layouts`).
 """
 
+import difflib
 import math
 import os
 import re
@@ -51,6 +52,11 @@ def to_ours(
     moves = list(form.rows(net))
     names = [name for move in moves for name in move.theirs]
     inside, others = _choose(arrays, form, names, ema)
+    if arrays and not any(name in inside for name in names):
+        first = ", ".join(list(arrays)[:5])
+        raise WeightsError(
+            f"no name of layout {layout} is in the file, which has {first}, ..: another layout? {', '.join(LAYOUTS)}"
+        )
     spare = [name for name in inside if name not in set(names)]
     left = [name for name in spare if re.fullmatch(form.ignored, name)]
     problems = [("missing", name) for name in names if name not in inside]
@@ -136,7 +142,8 @@ def save(net: nnx.Module, layout: str, path: str | Path) -> Path:
 
 def _layout(name: str, net: Any) -> Layout:
     if name not in LAYOUTS:
-        raise ValueError(f"unknown layout {name!r}; known: {', '.join(LAYOUTS)}")
+        nearest = difflib.get_close_matches(name, LAYOUTS, n=1, cutoff=0.0)
+        raise ValueError(f"unknown layout {name!r}; did you mean {nearest[0]!r}? Known: {', '.join(LAYOUTS)}")
     if not isinstance(net, LAYOUTS[name].nets):
         fits = " or ".join(kind.__name__ for kind in LAYOUTS[name].nets)
         raise ValueError(f"layout {name} is {LAYOUTS[name].doc}: it fits a {fits}, not a {type(net).__name__}")
@@ -148,5 +155,6 @@ def _report(layout: str, net: Any, problems: Sequence[tuple[str, str]], total: i
     more = f"\n  and {len(problems) - 10} more" if len(problems) > 10 else ""
     return (
         f"{len(problems)} entries do not fit layout {layout} of {net.name}, which has {total}:\n{shown}{more}\n"
-        "Check --net and its options (num_classes, learn_sigma, null_class, ..); --resize takes another image size's"
+        "Check --net and its options (num_classes, learn_sigma, null_class, ..), and --size: --resize takes weights of "
+        "another one"
     )

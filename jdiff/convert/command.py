@@ -19,7 +19,7 @@ HELP = """Weights of published nets to one .safetensors file of ours, and back. 
       --net-options num_classes 1000
   jdiff convert sd3_medium.safetensors --layout sd3 --net MMDiT-SD3 --size 128 --channels 16
   jdiff convert checkpoint_24.pth --layout score-sde --net UNet-NCSN++-256 --size 256
-  jdiff convert vae.safetensors --layout sd-vae --net AutoencoderKL --size 512 --back --out official.safetensors
+  jdiff convert vae.safetensors --layout sd-vae --back --out official.safetensors
 
 The net is then `net, params, meta = jdiff.checkpoint.load_params("dit.safetensors")`. Layouts:
 
@@ -29,7 +29,7 @@ The net is then `net, params, meta = jdiff.checkpoint.load_params("dit.safetenso
 @dataclass(frozen=True)
 class ConvertConfig:
     layout: str  # where the parameters lie there: one of those above
-    net: str  # the net of ours that they fit: a name of `jdiff list nets`
+    net: str | None = None  # the net of ours that they fit, a name of `jdiff list nets`; with --back the file says it
     size: int = 32  # height and width of its images or latents
     channels: int = 3  # of its images or latents
     net_options: dict[str, str] = field(default_factory=dict)  # more of the net's arguments: name value name value ..
@@ -52,13 +52,16 @@ def convert(file: Path, config: ConvertConfig) -> str:
         net, _, _ = load_params(file)
         convert.save(net, config.layout, config.out)
         return f"{config.out}: {net.name} under the names of {config.layout}"
+    if config.net is None:
+        raise ValueError("give --net, the net of ours that the weights fit: a name of `jdiff list nets`")
+    kind = config.net
     options = {name: _value(text) for name, text in config.net_options.items()}
-    make = lambda: nets.build(config.net, config.size, config.channels, rngs=nnx.Rngs(0), **options)
+    make = lambda: nets.build(kind, config.size, config.channels, rngs=nnx.Rngs(0), **options)
     net, left = convert.load(file, config.layout, nnx.eval_shape(make), ema=config.ema, resize=config.resize)
     write_net(net, config.out, source=file.name, layout=config.layout)
     shown = f"; left aside: {', '.join(left[:10])}{', ..' if len(left) > 10 else ''}" if left else ""
     count = sum(v.size for _, v in nnx.to_flat_state(nnx.state(net)))
-    return f"{config.out}: {config.net}, {count:,} parameters{shown}"
+    return f"{config.out}: {kind}, {count:,} parameters{shown}"
 
 
 def run(args: Sequence[str]) -> None:
