@@ -86,8 +86,11 @@ def test_misfits_are_listed():
     assert "3 entries do not fit layout dit of DiT, which has 31" in text
     assert "blocks.1.mlp.fc1.bias: missing" in text and "head.weight: not of this net" in text
     assert "blocks.0.attn.qkv.weight: shape (96, 31), as ours (31, 96); expected (32, 96)" in text
-    with pytest.raises(convert.WeightsError, match=r"31 entries do not fit(.|\n)*and 21 more"):
+    with pytest.raises(convert.WeightsError, match=r"31 entries do not fit(.|\n)*and 21 more") as caught:
         convert.to_ours({}, form, abstract(name))
+    assert str(caught.value).count(": missing") == 10
+    with pytest.raises(convert.WeightsError, match=r"1 entries do not fit(.|\n)*head.weight: not of this net"):
+        convert.to_ours(good | {"head.weight": np.zeros(3, np.float32)}, form, abstract(name))
     with pytest.raises(ValueError, match="it fits a UNet, not a DiT"):
         convert.to_ours(good, "edm", abstract(name))
     with pytest.raises(ValueError, match=r"unknown layout 'dits'; did you mean 'dit'\? Known: dit, uvit"):

@@ -232,6 +232,19 @@ def test_logits_depend_on_differences_of_positions():
     assert differences > 300  # of 5 x 7 x 9 that there are
 
 
+def test_rotations_are_roformers():
+    """2104.09864, equation 34: two channels as a complex number, times e^(i place theta); offsets are places."""
+    x, d = sample(1, 12, 2, 8), 8
+    turned = jit(rope.rotate)(x, rope.rotations((12,), d))
+    numbers = np.asarray(x, np.float64)[..., 0::2] + 1j * np.asarray(x, np.float64)[..., 1::2]
+    angle = np.arange(12)[:, None] * 10_000.0 ** -(2 * np.arange(4) / d)
+    want = numbers * np.exp(1j * angle)[:, None]
+    close(turned[..., 0::2], want.real)
+    close(turned[..., 1::2], want.imag)
+    part, whole = rope.rotations((3, 4), d, offsets=(2, 5)), rope.rotations((5, 9), d)
+    jax.tree.map(lambda a, b: close(a, b.reshape(5, 9, 4)[2:, 5:].reshape(12, 4)), part, whole)
+
+
 def test_frequencies_of_longer_sequences():
     d = np.arange(0, 64, 2)
     plain = rope.frequencies(64)
@@ -348,7 +361,7 @@ def test_voxels_of_points_and_back():
 
 
 def test_dit_of_points():
-    """The order of the points does not matter; what they are told does; parts are the whole."""
+    """DiT of the volume between the two maps; the order of the points does not matter; parts are the whole."""
     options = {"points": 20, "patch": 2, "width": 24, "depth": 2, "heads": 2, "num_classes": 3}
     net, x, y = make("PointDiT", 4, 4, **options), sample(2, 20, 4), jnp.asarray([0, 2])
     order = np.random.default_rng(0).permutation(20)
@@ -358,8 +371,17 @@ def test_dit_of_points():
         state, c = net.embed(x, T, y)
         return net(x, T, y), net.project(net.run(net.run(state, c, 0, 1), c, 1), c)
 
+    volumes = {k: v for k, v in options.items() if k != "points"}
+    twin = nnx.merge(nnx.graphdef(make("DiT", (4, 4, 4), 4, **volumes)), nnx.state(net))
+
+    @jit
+    def between(twin, x, y):
+        places = patches.voxel_places(x[..., :3], 4)
+        return patches.devoxelise(twin(patches.voxelise(places, x, 4), T, y), places)
+
     whole, parts = run(net, x, y)
     close(parts, whole)
+    close(between(twin, x, y), whole)
     close(run(net, x[:, order], y)[0], whole[:, order], 1e-4)
     assert whole.shape == x.shape and np.abs(run(net, x, y[::-1])[0] - whole).max() > 1e-3
     again = nnx.eval_shape(lambda: nets.build(**net.config, rngs=nnx.Rngs(0)))
