@@ -320,7 +320,10 @@ def _import_safetensors(path: Path, ema: float | None, step: int | None) -> tupl
     except (SafetensorError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: it is damaged or not a safetensors file ({error})") from error
     if meta is None:
-        raise CheckpointError(f"{path} was not written by jdiff (no 'jdiff' entry in its header): its net is unknown")
+        raise CheckpointError(
+            f"{path} was not written by jdiff (no 'jdiff' entry in its header): its net is unknown; "
+            "`jdiff convert` makes a file of ours from weights of others"
+        )
     if ema not in (None, meta["average"]) or step not in (None, meta["step"]):
         raise CheckpointError(
             f"{path} holds step {meta['step']} with ema={meta['average']} alone; asked for {step=}, {ema=}"

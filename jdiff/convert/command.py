@@ -14,6 +14,8 @@ HELP = """Weights of published nets to one .safetensors file of ours, and back. 
   jdiff convert edm-cifar10-32x32-cond-vp.pkl --layout edm --net UNet-DDPM++ --net-options num_classes 10
   jdiff convert edm-imagenet-64x64-cond-adm.pkl --layout edm --net UNet-ADM-64 --size 64 \\
       --net-options num_classes 1000 time_scale 1.0
+  jdiff convert 64x64_diffusion.pt --layout guided-diffusion-64 --net UNet-ADM-64 --size 64 \\
+      --net-options num_classes 1000 null_class False learn_sigma True
   jdiff convert v1-5-pruned.ckpt --layout sd-vae --net AutoencoderKL --size 512
   jdiff convert imagenet256_uvit_large.pth --layout uvit --net UViT-L/2 --size 32 --channels 4 \\
       --net-options num_classes 1000
@@ -69,7 +71,7 @@ def run(args: Sequence[str]) -> None:
 
     from jdiff.convert import LAYOUTS
 
-    listed = "\n".join(f"  {name:18s}{layout.doc}" for name, layout in LAYOUTS.items())
+    listed = "\n".join(f"  {name:20s}{layout.doc}" for name, layout in LAYOUTS.items())
     named = bool(args) and not args[0].startswith("-")
     config = tyro.cli(ConvertConfig, args=args[named:], prog="jdiff convert FILE", description=HELP + listed)
     if not named:

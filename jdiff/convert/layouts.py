@@ -4,6 +4,7 @@ A layout is a function from one of our nets to rows (their names, our path, how 
 are stacked, a row says which slice is meant. Nothing here knows files.
 """
 
+import functools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -303,8 +304,11 @@ def named(net: UNet) -> Iterator[tuple[str, Any]]:
         yield from ((f"{part}/{i}", block) for i, block in enumerate(getattr(net, part)))
 
 
-def guided(net: UNet) -> Rows:
-    """guided-diffusion's UNetModel and latent diffusion's, its child (openai/guided-diffusion, CompVis)."""
+def guided(net: UNet, *, new_order: bool = False) -> Rows:
+    """guided-diffusion's UNetModel and latent diffusion's, its child (openai/guided-diffusion, CompVis).
+
+    new_order: its use_new_attention_order, (3, heads, d), as in ours: with it the released 64 x 64 net was trained.
+    """
     yield from layer("time_embed.0", "conditioning/time_in")
     yield from layer("time_embed.2", "conditioning/time_out")
     if net.num_classes:
@@ -328,7 +332,7 @@ def guided(net: UNet) -> Rows:
         elif isinstance(block, Block) and block.attention is not None:
             width, there = block.attention.out.out_features, f"{theirs}.{at + 1}"
             yield from norm(f"{there}.norm", f"{path}/norm_attention")
-            order = heads_first(width, block.heads)
+            order = None if new_order else heads_first(width, block.heads)
             yield from layer(f"{there}.qkv", f"{path}/attention/qkv", LINE, order=order)
             yield from layer(f"{there}.proj_out", f"{path}/attention/out", LINE)
     yield from norm("out.0", "norm")
@@ -576,7 +580,11 @@ LAYOUTS = {
         edm, (UNet,), ("ema.model.", "model.", ""), r".*resample_filter|map_augment\.weight|u",
         "EDM's DDPM++, NCSN++ and ADM (.pkl)",
     ),
-    "guided-diffusion": Layout(guided, (UNet,), ("",), r"(?!)", "guided-diffusion's ADM (.pt)"),
+    "guided-diffusion": Layout(guided, (UNet,), ("",), r"(?!)", "guided-diffusion's ADM (.pt), but for 64 x 64"),
+    "guided-diffusion-64": Layout(
+        functools.partial(guided, new_order=True), (UNet,), ("",), r"(?!)",
+        "its ADM for 64 x 64, and any of use_new_attention_order",
+    ),
     "ldm": Layout(
         guided, (UNet,), ("model.diffusion_model.", ""), r"(?!)", "latent diffusion's U-Net, as in Stable Diffusion 1",
         undotted,

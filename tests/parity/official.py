@@ -120,12 +120,12 @@ def edm(kind: str, **options: Any) -> Callable[[], Any]:
     return build
 
 
-def adm() -> Any:
+def adm(**options: Any) -> Any:
     with clone("guided-diffusion", "guided_diffusion"):
         make = importlib.import_module("guided_diffusion.unet").UNetModel
         return make(
             SIZE, 3, 128, 6, 1, (2,), channel_mult=(1, 1), num_classes=5, num_heads=2, use_scale_shift_norm=True,
-            resblock_updown=True,
+            resblock_updown=True, **options,
         )  # fmt: skip
 
 
@@ -310,6 +310,10 @@ CASES = {
         "guided-diffusion", adm, lambda m, x, t, y: m(x, t, y),
         ("UNet", 3, {**WIDE, "num_classes": 5, "null_class": False, "learn_sigma": True}), 5,
     ),
+    "ADM (64)": Case(
+        "guided-diffusion-64", lambda: adm(use_new_attention_order=True), lambda m, x, t, y: m(x, t, y),
+        ("UNet", 3, {**WIDE, "num_classes": 5, "null_class": False, "learn_sigma": True}), 5,
+    ),
     "DDPM++ (score SDE)": Case(
         "score-sde", score_sde(), lambda m, x, t, y: m(x, t), ("UNet", 3, {**SCORE, "style": "ddpm++"}),
     ),
@@ -448,9 +452,19 @@ def sd3_medium() -> Any:
     )  # fmt: skip
 
 
+def adm_of(size: int, width: int, multipliers: tuple[int, ...], blocks: int, **options: Any) -> Callable[[], Any]:
+    return lambda: module(
+        "guided-diffusion", "guided_diffusion.unet", "guided_diffusion", use="UNetModel", image_size=size,
+        in_channels=3, model_channels=width, out_channels=6, num_res_blocks=blocks, channel_mult=multipliers,
+        num_classes=1000, num_head_channels=64, use_scale_shift_norm=True, resblock_updown=True, **options,
+    )  # fmt: skip
+
+
+_ADM = {"num_classes": 1000, "null_class": False, "learn_sigma": True}
+_ADM256 = {"width": 256, "multipliers": (1, 1, 2, 2, 4, 4), "blocks": 2, "attention_at": (32, 16, 8), "head_width": 64}
 _TEN, _SONG = {"num_classes": 10}, {"model_channels": 128, "channel_mult": [2, 2, 2]}
 _NCSN = {"channel_mult_noise": 2, "resample_filter": [1, 3, 3, 1], "embedding_type": "fourier"}
-PUBLISHED: dict[str, tuple[Any, ...]] = {  # preset: layout, size, channels, options of ours, the public module
+PUBLISHED: dict[str, tuple[Any, ...]] = {  # preset (which): layout, size, channels, options of ours, the public module
     "DiT-S/8": ("dit", 32, 4, {"num_classes": 1000, "learn_sigma": True}, transformers("DiT", "DiT-S/8")),
     "DiT-XL/2": ("dit", 32, 4, {"num_classes": 1000, "learn_sigma": True}, transformers("DiT", "DiT-XL/2")),
     "SiT-B/4": ("dit", 32, 4, {"num_classes": 1000}, transformers("SiT", "SiT-B/4")),
@@ -465,6 +479,14 @@ PUBLISHED: dict[str, tuple[Any, ...]] = {  # preset: layout, size, channels, opt
         "edm", 32, 3, _TEN, edm_of("SongUNet", 32, 10, **_SONG, **_NCSN, encoder_type="residual", augment_dim=9),
     ),
     "UNet-ADM-64": ("edm", 64, 3, {"num_classes": 1000}, edm_of("DhariwalUNet", 64, 1000)),
+    "UNet-ADM-64 (guided-diffusion)": (
+        "guided-diffusion-64", 64, 3, _ADM,
+        adm_of(64, 192, (1, 2, 3, 4), 3, attention_resolutions=(2, 4, 8), use_new_attention_order=True),
+    ),
+    "UNet (ADM for 256 x 256)": (
+        "guided-diffusion", 256, 3, {**_ADM, **_ADM256},
+        adm_of(256, 256, (1, 1, 2, 2, 4, 4), 2, attention_resolutions=(8, 16, 32)),
+    ),
     "UNet-NCSN++-256": (
         "score-sde", 256, 3, {},
         lambda: score_sde(

@@ -38,7 +38,7 @@ def test_presets_have_the_published_names_and_shapes(name):
         theirs = official.shapes_of(make)
     except (ImportError, FileNotFoundError) as error:
         pytest.skip(f"{name}: {error}")
-    net = nnx.eval_shape(lambda: nets.build(name, size, channels, rngs=nnx.Rngs(0), **options))
+    net = nnx.eval_shape(lambda: nets.build(name.split(" (")[0], size, channels, rngs=nnx.Rngs(0), **options))
     ours = {"/".join(map(str, p)): v.shape for p, v in nnx.to_flat_state(nnx.state(net))}
     moves = list(convert.LAYOUTS[layout].rows(net))
     assert {move.ours for move in moves} == {*ours}
