@@ -23,7 +23,7 @@ HELP = """Weights of published nets to one .safetensors file of ours, and back. 
   jdiff convert checkpoint_24.pth --layout score-sde --net UNet-NCSN++-256 --size 256
   jdiff convert vae.safetensors --layout sd-vae --back --out official.safetensors
 
-The net is then `net, params, meta = jdiff.checkpoint.load_params("dit.safetensors")`. Layouts:
+The net is then `net, params, meta = jdiff.checkpoint.load_params("converted.safetensors")`. Layouts:
 
 """
 

@@ -115,21 +115,21 @@ def arrays(tree: Any, prefix: str = "") -> Iterator[tuple[str, np.ndarray]]:
 
 # ------------------------------------------------------------------------------------------------ the three containers
 def _safetensors(path: Path) -> dict[str, np.ndarray]:
-    data = path.read_bytes()
-    (size,) = struct.unpack("<Q", data[:8])
+    data = np.memmap(path, np.uint8, "r")  # read as it is used: files may be larger than memory
+    (size,) = struct.unpack("<Q", bytes(data[:8]))
     if size > 2**27:
         raise ValueError("it does not begin as safetensors do")
     if 8 + size > len(data):
         raise WeightsError("the header is cut off: the download did not finish")
     found = {}
-    for name, entry in json.loads(data[8 : 8 + size]).items():
+    for name, entry in json.loads(bytes(data[8 : 8 + size])).items():
         if name == "__metadata__":
             continue
         start, end = (8 + size + n for n in entry["data_offsets"])
         kind = np.dtype(SAFETENSORS[entry["dtype"]])
         if end > len(data) or end - start != kind.itemsize * math.prod(entry["shape"]):
             raise WeightsError(f"{name} is cut off: the download did not finish")
-        found[name] = np.frombuffer(data[start:end], kind).reshape(entry["shape"])
+        found[name] = np.asarray(data[start:end]).view(kind).reshape(entry["shape"])
     return found
 
 
