@@ -186,9 +186,9 @@ class Net(nnx.Module):
 
     def _time_a_sample(self, t: ArrayLike, x: Array) -> Float[Array, "b2 1"]:
         """The time as (batch or 1, 1); ValueError where it varies within a sample."""
-        time = pool_time(t, x.shape, self.patch)
+        time = pool_time(t, x.shape, 1)
         if time.size != len(time):
-            raise ValueError(f"{self.name} takes a time a sample, not one of shape {time.shape}")
+            raise ValueError(f"{self.name} takes a time a sample, not one of shape {jnp.shape(t)}")
         return time.reshape(-1, 1)
 
     def _labels(self, x: Array, y: Any) -> Int[Array, "b"] | None:

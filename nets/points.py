@@ -2,12 +2,11 @@
 
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from .dit import DiT
-from .patches import devoxelise, pool_time, voxel_places, voxelise
+from .patches import devoxelise, voxel_places, voxelise
 
 
 class Told(NamedTuple):
@@ -54,12 +53,9 @@ class PointDiT(DiT):
     def embed(self, x: Float[Array, "b n c"], t: ArrayLike, y: Any = None) -> tuple[Array, Any]:
         """Tokens (b, m, d) of the voxels' patches; the conditioning and the points' places, `Told`."""
         self._check_sample(x)
-        time = pool_time(t, x.shape, 1)
-        if time.size != len(time):
-            raise ValueError(f"{self.name} takes a time a sample, not one of shape {jnp.shape(t)}")
         side = self.size[0]
         places = voxel_places(x[..., :3], side)
-        h, c = self._embedded(voxelise(places, x, side), time, y)
+        h, c = self._embedded(voxelise(places, x, side), self._time_a_sample(t, x), y)
         return h, Told(c, places)
 
     def run(self, state: Float[Array, "b m d"], c: Any, *span: Any, **options: Any) -> Float[Array, "b m d"]:

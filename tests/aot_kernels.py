@@ -29,14 +29,14 @@ CASES = {
 }
 
 
-def program(n, m, d, dtype, mask, extras, devices):
+def program(n, m, d, dtype, mask, extras, devices, attention=kernels.attention):
     """The gradient of a sum of attention, lowered: the kernel is found by the platform, as users have it."""
     sharding = jax.sharding.SingleDeviceSharding(devices[0])
     shape = lambda *size, dtype=dtype: jax.ShapeDtypeStruct(size, dtype, sharding=sharding)
     args = [shape(2, n, 4, d), shape(2, m, 4, d), shape(2, m, 4, d)]
     args += [shape(1, 4, n, m, dtype=jnp.float32), shape(2, n, dtype=jnp.int32), shape(2, m, dtype=jnp.int32)] * extras
     return gradient(
-        lambda q, k, v, bias=None, *ids: kernels.attention(q, k, v, mask=mask, bias=bias, segment_ids=ids or None), args
+        lambda q, k, v, bias=None, *ids: attention(q, k, v, mask=mask, bias=bias, segment_ids=ids or None), args
     )
 
 

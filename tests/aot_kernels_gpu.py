@@ -18,12 +18,12 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from aot_kernels import WINDOW, on_mesh, program
 from jax.experimental import topologies
 
-from jdiff import kernels, mesh
+from jdiff import kernels
 from jdiff.kernels import masks
 
-WINDOW = masks.window((32, 32), 6.0)
 # name: n, m, d, dtype, mask, whether with a bias and segment ids
 CASES = {
     "DiT-XL/2, 256 tokens": (256, 256, 72, jnp.bfloat16, None, False),
@@ -64,29 +64,6 @@ gpu_device_info {
 attention = functools.partial(kernels.attention, implementation="mosaic_gpu")
 
 
-def program(n, m, d, dtype, mask, extras, devices):
-    """The gradient of a sum of attention, lowered."""
-    sharding = jax.sharding.SingleDeviceSharding(devices[0])
-    shape = lambda *size, dtype=dtype: jax.ShapeDtypeStruct(size, dtype, sharding=sharding)
-    args = [shape(2, n, 4, d), shape(2, m, 4, d), shape(2, m, 4, d)]
-    args += [shape(1, 4, n, m, dtype=jnp.float32), shape(2, n, dtype=jnp.int32), shape(2, m, dtype=jnp.int32)] * extras
-    return gradient(
-        lambda q, k, v, bias=None, *ids: attention(q, k, v, mask=mask, bias=bias, segment_ids=ids or None), args
-    )
-
-
-def on_mesh(axes, devices):
-    """256 tokens over four GPUs."""
-    m = mesh.make(axes, devices[:4])
-    args = [jax.ShapeDtypeStruct((2, 256, 4, 64), jnp.bfloat16, sharding=mesh.batch(m))] * 3
-    return gradient(mesh.on(m, attention), args)
-
-
-def gradient(fn, args):
-    loss = lambda *args: fn(*args).astype(jnp.float32).sum()
-    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2))).lower(*args)
-
-
 def found(folder):
     """What was dumped of each kernel since the last call."""
     each = {}
@@ -107,8 +84,8 @@ def found(folder):
 def main():
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_enable_compilation_cache", False)
-    cases = {case: functools.partial(program, *what) for case, what in CASES.items()}
-    cases["heads over a mesh"] = functools.partial(on_mesh, "data=2,tensor=2")
+    cases = {case: functools.partial(program, *what, attention=attention) for case, what in CASES.items()}
+    cases["heads over a mesh"] = functools.partial(on_mesh, attention, "data=2,tensor=2")
     with tempfile.TemporaryDirectory() as folder:
         os.environ["MOSAIC_GPU_DUMP_TO"] = folder
         target = {"topology_name": "h200", "target_config": H200, "topology": "1x1x4"}

@@ -181,46 +181,27 @@ def ldm_unet() -> Any:
 
 
 def ldm_autoencoder() -> Any:
-    import torch
-
-    with clone("latent-diffusion", "ldm"):
-        model = importlib.import_module("ldm.modules.diffusionmodules.model")
-        kind = {
-            "ch": 128,
-            "out_ch": 3,
-            "ch_mult": (1, 1),
-            "num_res_blocks": 1,
-            "attn_resolutions": [4],
-            "in_channels": 3,
-            "resolution": SIZE,
-            "z_channels": 2,
-            "double_z": True,
-        }
-        parts = {"encoder": model.Encoder(**kind), "decoder": model.Decoder(**kind)}
-    parts |= {"quant_conv": torch.nn.Conv2d(4, 4, 1), "post_quant_conv": torch.nn.Conv2d(2, 2, 1)}
-    return torch.nn.ModuleDict(parts)
+    return _ldm_coders(4, attn_resolutions=[4], double_z=True)
 
 
 def ldm_vq() -> Any:
     import torch
 
+    parts = _ldm_coders(2, attn_resolutions=[], double_z=False)
+    parts["quantize"] = torch.nn.ModuleDict({"embedding": torch.nn.Embedding(9, 2)})  # of taming's, its weights alone
+    return parts
+
+
+def _ldm_coders(moments: int, **options: Any) -> Any:
+    import torch
+
     with clone("latent-diffusion", "ldm"):
         model = importlib.import_module("ldm.modules.diffusionmodules.model")
-        kind = {
-            "ch": 128,
-            "out_ch": 3,
-            "ch_mult": (1, 1),
-            "num_res_blocks": 1,
-            "attn_resolutions": [],
-            "in_channels": 3,
-            "resolution": SIZE,
-            "z_channels": 2,
-            "double_z": False,
-        }
-        parts = {"encoder": model.Encoder(**kind), "decoder": model.Decoder(**kind)}
-    parts |= {"quant_conv": torch.nn.Conv2d(2, 2, 1), "post_quant_conv": torch.nn.Conv2d(2, 2, 1)}
-    parts["quantize"] = torch.nn.ModuleDict({"embedding": torch.nn.Embedding(9, 2)})  # of taming's, its weights alone
-    return torch.nn.ModuleDict(parts)
+        options |= {"ch": 128, "out_ch": 3, "ch_mult": (1, 1), "num_res_blocks": 1}
+        options |= {"in_channels": 3, "resolution": SIZE, "z_channels": 2}
+        parts = {"encoder": model.Encoder(**options), "decoder": model.Decoder(**options)}
+    quant = torch.nn.Conv2d(moments, moments, 1)
+    return torch.nn.ModuleDict({**parts, "quant_conv": quant, "post_quant_conv": torch.nn.Conv2d(2, 2, 1)})
 
 
 def nearest(codes: Any, z: Any) -> Any:
