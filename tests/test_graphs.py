@@ -185,8 +185,14 @@ def test_points_are_uniform():
 
 def test_contact_sheets(tmp_path):
     found = pictures.show(folder=tmp_path)
-    assert [f.name for f in found] == ["molecules.png", "communities.png", "points.png"]
-    assert all(f.stat().st_size > 10_000 for f in found)
+    assert [f.stem for f in found] == ["molecules", "communities", "points", "video", "audio"]
+    assert all(f.stat().st_size > 10_000 for f in found[:3]) and found[4].stat().st_size > 10_000
+    import matplotlib.pyplot as plt
+
+    drawn = plt.imread(found[3])[..., 0]
+    assert drawn.min() < 0.05 and 0.02 < (drawn < 0.9).mean() and len(np.unique(drawn)) > 10  # grey shapes on black
+    with pytest.raises(ValueError, match="unknown kind 'vidoe'; expected some of graphs, points, video, audio"):
+        pictures.show(["vidoe"], tmp_path)
     two = np.zeros((4, 4))
     two[0, 1] = two[1, 0] = two[2, 3] = two[3, 2] = 1
     at = pictures.layout(two)

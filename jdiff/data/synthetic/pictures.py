@@ -1,4 +1,4 @@
-"""Contact sheets of graphs and point sets, as PNG; Matplotlib is imported by the functions that draw."""
+"""Contact sheets of graphs, point sets, videos and signals, as PNG; Matplotlib is imported by the functions that draw."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -79,14 +79,46 @@ def point_sheet(sets: Mapping[str, Points], path: str | Path, columns: int = 4) 
     return _save(figure, path)
 
 
-def show(what: Sequence[str] = ("graphs", "points"), folder: str | Path = ".") -> list[Path]:
-    """The sheets of this package's own sets: molecules, communities and point sets."""
-    from . import graphs, points
+def video_sheet(frames: np.ndarray, path: str | Path, rows: int = 6) -> Path:
+    """Draw clips (n, frames, h, w, 1) in [-1, 1], a row each, from left to right in time."""
+    from .video import sheet
 
+    figure, (axis,) = _sheet(1, 1)
+    figure.set_size_inches(0.8 * frames.shape[1], 0.8 * min(rows, len(frames)))
+    axis.imshow(sheet(frames, rows), cmap="gray", interpolation="nearest")
+    return _save(figure, path)
+
+
+def signal_sheet(clean: np.ndarray, noisy: np.ndarray, path: str | Path, rows: int = 6) -> Path:
+    """Draw signals (n, length), a row each: clean over noisy."""
+    figure, axes = _sheet(min(rows, len(clean)), 1)
+    figure.set_size_inches(8, 1.2 * len(axes))
+    for axis, x, y in zip(axes, clean, noisy, strict=False):
+        axis.plot(y, color="#bbbbbb", lw=0.8)
+        axis.plot(x, color=COLOURS[1], lw=1.2)
+    return _save(figure, path)
+
+
+KINDS = ("graphs", "points", "video", "audio")
+
+
+def show(what: Sequence[str] = KINDS, folder: str | Path = ".") -> list[Path]:
+    """The sheets of this package's own sets: molecules, communities, point sets, moving shapes, chirps in noise.
+
+    ValueError for a kind that is none of KINDS.
+    """
+    from . import audio, graphs, points, video
+
+    if unknown := [kind for kind in what if kind not in KINDS]:
+        raise ValueError(f"show: unknown kind {unknown[0]!r}; expected some of {', '.join(KINDS)}")
     folder, out = Path(folder), []
     if "graphs" in what:
         out.append(graph_sheet(graphs.molecules(18), folder / "molecules.png"))
         out.append(graph_sheet(graphs.communities(18), folder / "communities.png"))
     if "points" in what:
         out.append(point_sheet({k: f(800) for k, f in points.ALL.items()}, folder / "points.png"))
+    if "video" in what:
+        out.append(video_sheet(video.moving_shapes(6, frames=8, size=16, radius=3).frames, folder / "video.png"))
+    if "audio" in what:
+        out.append(signal_sheet(*audio.noisy_chirps(6, 256), folder / "audio.png"))
     return out
