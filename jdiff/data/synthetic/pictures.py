@@ -1,4 +1,4 @@
-"""Contact sheets of graphs, point sets, videos and signals, as PNG; Matplotlib is imported by the functions that draw."""
+"""Contact sheets of graphs, point sets, videos and signals, as PNG. What draws imports Matplotlib itself."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
