@@ -29,8 +29,10 @@ def posterior_draws(
     They start where the particle goes on, at the next row's time, so the reward is that of the particle itself and not
     of its parent; it costs m * steps network evaluations a particle at each step that may resample (Singhal et al.
     2025, "many x0 samples"). solver: a builder such as `solvers.ddpm()`; with steps = 1 all draws are equal.
-    Raises ValueError for m or steps below 1, or a tableau with a time an element.
+    Raises ValueError for m or steps below 1, or a tableau with a time an element; TypeError for a solver that is none.
     """
+    if not callable(solver):
+        raise TypeError(f"posterior_draws: solver is {solver!r}; expected a builder such as solvers.ddpm()")
     if m < 1 or steps < 1:
         raise ValueError(f"posterior_draws: m is {m} and steps {steps}; expected at least 1 of each")
     if np.ndim(tableau.t) != 1:

@@ -3,3 +3,7 @@ videos.
 
 NumPy on the host; nothing is downloaded.
 """
+
+from . import audio, graphs, pictures, points, restoration, tokens, video
+
+__all__ = ["audio", "graphs", "pictures", "points", "restoration", "tokens", "video"]
