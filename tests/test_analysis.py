@@ -41,62 +41,91 @@ def unbiased(draws, want):
 def test_divergence_and_jacobian():
     H = hessians()
     J = H + A @ H
-    np.testing.assert_allclose(jax.jit(lambda x: analysis.jacobian(gauged, x))(X), J, rtol=1e-8, atol=1e-10)
-    np.testing.assert_allclose(analysis.divergence(gauged, X), np.trace(J, axis1=1, axis2=2), rtol=1e-8)
     many = jnp.broadcast_to(X[:1], (4000, 2))
-    assert unbiased(analysis.divergence(gauged, many, KEY), np.trace(J[0]))
-    one, four = (float(jnp.std(analysis.divergence(gauged, many, KEY, n))) for n in (1, 4))
-    assert 1.8 < one / four < 2.2
+
+    @jax.jit
+    def run(x):
+        draws = [analysis.divergence(gauged, many, KEY, n) for n in (1, 4)]
+        return analysis.jacobian(gauged, x), analysis.divergence(gauged, x), draws
+
+    jacobian, trace, (one, four) = run(X)
+    np.testing.assert_allclose(jacobian, J, rtol=1e-8, atol=1e-10)
+    np.testing.assert_allclose(trace, np.trace(J, axis1=1, axis2=2), rtol=1e-8)
+    assert unbiased(one, np.trace(J[0]))
+    assert 1.8 < np.std(one) / np.std(four) < 2.2
 
 
 def test_asymmetry():
     """|J - J^T|^2 of (I + A) grad log p is |A H + H A|^2; a gradient has none, that of a network neither."""
     H = hessians()
     want = np.sum((A @ H + H @ A) ** 2, (1, 2))
-    np.testing.assert_allclose(analysis.asymmetry(gauged, X), want, rtol=1e-8)
-    np.testing.assert_allclose(analysis.asymmetry(score, X), 0.0, atol=1e-18)
-    assert unbiased(analysis.asymmetry(gauged, jnp.broadcast_to(X[1:2], (4000, 2)), KEY), want[1])
     potential = lambda params, x, t: jnp.sum(jnp.tanh(x @ params) ** 3, 1) + t * jnp.sum(x**2, 1)
     weights = jnp.asarray(RNG.normal(size=(2, 7)))
     field = jdiff.denoiser(analysis.conservative(potential), P, "score", params=weights)
-    np.testing.assert_allclose(analysis.asymmetry(lambda x: field(x, T, "score"), X), 0.0, atol=1e-18)
-    each = jax.vmap(jax.grad(lambda x: potential(weights, x[None], T)[0]))(X)
-    np.testing.assert_allclose(field(X, T, "score"), each, rtol=1e-10)
+    network = lambda x: field(x, T, "score")
+
+    @jax.jit
+    def run(x):
+        found = [analysis.asymmetry(f, x) for f in (gauged, score, network)]
+        draws = analysis.asymmetry(gauged, jnp.broadcast_to(X[1:2], (4000, 2)), KEY)
+        each = jax.vmap(jax.grad(lambda x: potential(weights, x[None], T)[0]))(x)
+        return found, draws, network(x), each
+
+    (found, gradient, of_network), draws, value, each = run(X)
+    np.testing.assert_allclose(found, want, rtol=1e-8)
+    np.testing.assert_allclose(gradient, 0.0, atol=1e-18)
+    assert unbiased(draws, want[1])
+    np.testing.assert_allclose(of_network, 0.0, atol=1e-18)
+    np.testing.assert_allclose(value, each, rtol=1e-10)
 
 
 def test_gauge_residual_and_penalty():
     """0 for A grad log p; c d - c |x|^2 / v for c x beside N(0, v); the Hutchinson penalty is unbiased."""
-    np.testing.assert_allclose(analysis.gauge_residual(lambda x: gauged(x) - score(x), score, X), 0.0, atol=1e-12)
     normal, radial = lambda x: -x / 0.7, lambda x: 0.3 * x + x[:, ::-1] * x
     own = lambda x: 0.6 + x[:, ::-1].sum(1) - (0.3 * (x**2).sum(1) + x[:, 0] * x[:, 1] * x.sum(1)) / 0.7
-    np.testing.assert_allclose(analysis.gauge_residual(radial, normal, X), own(X), rtol=1e-10)
-    np.testing.assert_allclose(analysis.gauge_penalty(radial, normal, X), np.mean(np.asarray(own(X)) ** 2), rtol=1e-10)
     mixing = lambda x: x @ jnp.asarray([[0.3, 1.0], [0.5, 0.3]])
-    want = float(analysis.gauge_penalty(mixing, normal, X[:1]))
-    draws = [
-        float(analysis.gauge_penalty(mixing, normal, jnp.broadcast_to(X[:1], (500, 2)), k))
-        for k in jax.random.split(KEY, 12)
-    ]
-    assert unbiased(draws, want)
+
+    @jax.jit
+    def run(x):
+        penalty = lambda key: analysis.gauge_penalty(mixing, normal, jnp.broadcast_to(x[:1], (500, 2)), key)
+        draws = jax.lax.map(penalty, jax.random.split(KEY, 12))
+        return (
+            analysis.gauge_residual(lambda x: gauged(x) - score(x), score, x),
+            analysis.gauge_residual(radial, normal, x),
+            analysis.gauge_penalty(radial, normal, x),
+            analysis.gauge_penalty(mixing, normal, x[:1]),
+            draws,
+        )
+
+    antisymmetric, residual, penalty, want, draws = run(X)
+    np.testing.assert_allclose(antisymmetric, 0.0, atol=1e-12)
+    np.testing.assert_allclose(residual, own(np.asarray(X)), rtol=1e-10)
+    np.testing.assert_allclose(penalty, np.mean(own(np.asarray(X)) ** 2), rtol=1e-10)
+    assert unbiased(draws, float(want))
 
 
 def test_decomposition_finds_the_conservative_part():
     """(I + A) grad log N projected on gradients of quadratics: grad log N and A grad log N, n = 20,000."""
     model = exact.gaussian([0.3, -0.2], [[0.6, 0.2], [0.2, 0.3]])
     s = lambda x: model.score(P, x, T)
-    x = P.diffuse(KEY, model.sample(KEY, 20_000, jnp.float64), T)
     features = lambda x: jnp.concatenate([x, x**2, x[:, :1] * x[:, 1:]], 1)
-    found = analysis.gauge_decomposition(lambda x: s(x) + s(x) @ jnp.asarray(A.T), features, x)
-    for part, want in ((found.conservative, s(x)), (found.remainder, s(x) @ jnp.asarray(A.T))):
-        assert float(jnp.mean((part - want) ** 2) / jnp.mean(want**2)) < 25 / 20_000
+
+    @jax.jit
+    def run():
+        x = P.diffuse(KEY, model.sample(KEY, 20_000, jnp.float64), T)
+        found = analysis.gauge_decomposition(lambda x: s(x) + s(x) @ jnp.asarray(A.T), features, x)
+        return found, s(x)
+
+    found, gradient = jax.tree.map(np.asarray, run())
+    for part, want in ((found.conservative, gradient), (found.remainder, gradient @ A.T)):
+        assert np.mean((part - want) ** 2) / np.mean(want**2) < 25 / 20_000
 
 
 def test_gauge_terms_leave_samples_and_densities():
     """Closed-form log p by the gauged flow within 1e-3, and its samples' moments; a symmetric term changes both."""
 
-    def with_matrix(M):
-        fn = lambda x, t: MIX.score(P, x, t) @ jnp.asarray(np.eye(2) + M.T)
-        return jdiff.denoiser(fn, P, "score")
+    fn = lambda M, x, t: MIX.score(P, x, t) @ (jnp.eye(2) + M.T)
+    with_matrix = lambda M: jdiff.denoiser(fn, P, "score", params=jnp.asarray(M))
 
     start = 0.05
     at = {"start": start, "rtol": 1e-7, "atol": 1e-7, "prior": lambda x: MIX.log_density(P, x, 1.0)}
@@ -159,6 +188,7 @@ def test_fokker_planck_loss():
     x0 = MIX.sample(KEY, 6, jnp.float64)
     time = lambda u: 0.2 + 0.5 * u
     exactly = lambda params, x, t, y: MIX.denoiser(P)(x, t) + params * x
+    added_to = lambda: losses.denoising_loss(exactly, P, "x0", time=time)(0.0, KEY, x0)
     make = lambda power, probes: analysis.fokker_planck_loss(exactly, P, "x0", time=time, probes=probes, power=power)
 
     @jax.jit
@@ -178,7 +208,7 @@ def test_fokker_planck_loss():
     assert float(value.min()) > 1e-4 and np.isfinite(slope) and not np.allclose(estimate, value)
     np.testing.assert_allclose(root, np.sqrt(value), rtol=1e-9)
     np.testing.assert_allclose(run(0.1, other)[0], value[other], rtol=1e-9)
-    assert losses.denoising_loss(exactly, P, "x0", time=time)(0.0, KEY, x0).shape == (6,)  # what it is added to
+    assert jax.eval_shape(added_to).shape == (6,)
 
 
 @pytest.mark.parametrize("method", ["score_svd", "flow_svd"])
