@@ -1,5 +1,6 @@
 """Every test runs in double precision where it asks for it, types checked, promotion strict, warnings as errors."""
 
+import gc
 import os
 import re
 from glob import iglob
@@ -25,6 +26,15 @@ import pytest
 
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+# Traces are millions of small objects that reference counts free: Python need not look for cycles 1,500 times a minute.
+gc.set_threshold(50_000, 10, 10)
+
+# To draw a parameter inside a trace Flax asks the tracer of its random stream for a sharding. It has none, and the text
+# of the error that JAX makes, which Flax drops, retells the program so far: 40 % of the time in which a U-Net is traced.
+if hasattr(jax.core.Tracer, "_origin_msg"):
+    for tracer in (jax.core.Tracer, *jax.core.Tracer.__subclasses__()):
+        tracer._origin_msg = lambda self: ""
 
 
 HOST = ("process", "times", "predict", "tableau", "trace", "order", "solvers")
