@@ -13,6 +13,7 @@ safe: where a quantity is not determined by the output, the finite value below i
     at alpha = 0   x0 from eps or score is 0, the mean of centred data (their outputs say nothing about x0 there)
 """
 
+import functools
 from typing import Any, Literal, get_args
 
 import jax
@@ -88,20 +89,22 @@ def convert(process: Process, x: PyTree, t: Time, out: PyTree, source: str, targ
             "the score; between two densities learn both (jdiff.interpolants.stochastic)"
         )
 
-    def leaf(process: Process, t: Any, x: Any, out: Any) -> Any:
-        if target == "x0":
-            return _x0(process, source, t, x, out)
-        eps = _eps(process, source, t, x, out)
-        if target == "eps":
-            return eps
-        if target == "score":
-            return -reciprocal(process.sigma(t)) * eps
-        x0 = _x0(process, source, t, x, out)
-        if target == "v":
-            return process.alpha(t) * eps - process.sigma(t) * x0
-        return process.dalpha(t) * x0 + process.dsigma(t) * eps
-
+    leaf = functools.partial(_leaf, source, target)
     return jax.tree.map(leaf, process.each(x), process.at(t, x), x, out)
+
+
+def _leaf(source: str, target: str, p: Process, t: Any, x: Any, out: Any) -> Any:
+    if target == "x0":
+        return _x0(p, source, t, x, out)
+    eps = _eps(p, source, t, x, out)
+    if target == "eps":
+        return eps
+    if target == "score":
+        return -reciprocal(p.sigma(t)) * eps
+    x0 = _x0(p, source, t, x, out)
+    if target == "v":
+        return p.alpha(t) * eps - p.sigma(t) * x0
+    return p.dalpha(t) * x0 + p.dsigma(t) * eps
 
 
 def array_of(x: Any, who: str) -> Array:

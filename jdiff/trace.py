@@ -28,12 +28,49 @@ Model = Callable[..., Value]  # model(x, t, kind="x0", label="")
 Noise = Callable[[], Value]
 
 
+@dataclass
+class _Tape:
+    process: Process
+    outputs: int = 1
+    prediction: str = "x0"
+    points: list["Linear"] = field(default_factory=list)
+    times: list[Any] = field(default_factory=list)
+    labels: list[str] = field(default_factory=list)
+    results: list[list["Linear"]] = field(default_factory=list)
+    noises: list[list["Linear"]] = field(default_factory=lambda: [[]])
+
+    def __post_init__(self) -> None:
+        self.one = Linear(self, (), "1")
+
+    @property
+    def segment(self) -> int:
+        return len(self.points)
+
+    def model(self, x: "Linear", t: Any, kind: str = "x0", label: str = "") -> Any:
+        """One network evaluation at (x, t); a symbol of the given prediction kind (a tuple where outputs > 1)."""
+        k = self.segment
+        self.points.append(x)
+        self.times.append(np.asarray(t, np.float64))
+        self.labels.append(label)
+        self.noises.append([])
+        names = [f"D{k}"] if self.outputs == 1 else [f"D{k}.{o}" for o in range(self.outputs)]
+        self.results.append([Linear(self, (), name) for name in names])
+        wanted = tuple(convert(self.process, x, self.times[-1], D, self.prediction, kind) for D in self.results[-1])
+        return wanted[0] if self.outputs == 1 else wanted
+
+    def noise(self) -> "Linear":
+        """Fresh standard normal noise of the sample's shape."""
+        z = Linear(self, (), "z")
+        self.noises[-1].append(z)
+        return z
+
+
 class Linear:
     """A linear combination of earlier symbols. `segment` is the number of network evaluations made before it."""
 
     __array_ufunc__ = None  # NumPy numbers on the left defer to __rmul__
 
-    def __init__(self, tape: "_Tape", terms: tuple[tuple[Any, "Linear"], ...], name: str = "u"):
+    def __init__(self, tape: _Tape, terms: tuple[tuple[Any, "Linear"], ...], name: str = "u"):
         self.tape, self.terms, self.name, self.segment = tape, terms, name, tape.segment
 
     def __add__(self, other: Any) -> "Linear":  # a symbol, or nothing: 0
@@ -71,43 +108,6 @@ def constant(like: Value, value: Any) -> Value:
     if not isinstance(like, Linear):
         return value
     return Linear(like.tape, ((_number(value), like.tape.one),))
-
-
-@dataclass
-class _Tape:
-    process: Process
-    outputs: int = 1
-    prediction: str = "x0"
-    points: list[Linear] = field(default_factory=list)
-    times: list[Any] = field(default_factory=list)
-    labels: list[str] = field(default_factory=list)
-    results: list[list[Linear]] = field(default_factory=list)
-    noises: list[list[Linear]] = field(default_factory=lambda: [[]])
-
-    def __post_init__(self) -> None:
-        self.one = Linear(self, (), "1")
-
-    @property
-    def segment(self) -> int:
-        return len(self.points)
-
-    def model(self, x: Linear, t: Any, kind: str = "x0", label: str = "") -> Any:
-        """One network evaluation at (x, t); a symbol of the given prediction kind (a tuple where outputs > 1)."""
-        k = self.segment
-        self.points.append(x)
-        self.times.append(np.asarray(t, np.float64))
-        self.labels.append(label)
-        self.noises.append([])
-        names = [f"D{k}"] if self.outputs == 1 else [f"D{k}.{o}" for o in range(self.outputs)]
-        self.results.append([Linear(self, (), name) for name in names])
-        wanted = tuple(convert(self.process, x, self.times[-1], D, self.prediction, kind) for D in self.results[-1])
-        return wanted[0] if self.outputs == 1 else wanted
-
-    def noise(self) -> Linear:
-        """Fresh standard normal noise of the sample's shape."""
-        z = Linear(self, (), "z")
-        self.noises[-1].append(z)
-        return z
 
 
 @dataclass(frozen=True)
@@ -302,31 +302,32 @@ def trace(
             for key, value in (("A", A), ("B", B), ("C", C), ("E", E)):
                 rows[key].append(value)
 
-    def pack(nested: Any, lead: tuple[int, ...]) -> np.ndarray:
-        """Nested lists of numbers or sample-shaped arrays as one array (*lead, *d)."""
-        with contextlib.suppress(ValueError):  # ragged: numbers beside arrays
-            return np.array(nested, np.float64).reshape(*lead, *np.shape(nested)[len(lead) :])
-        flat = np.empty(lead, dtype=object)
-        for index in np.ndindex(*lead):
-            value = nested
-            for i in index:
-                value = value[i]
-            flat[index] = np.asarray(value, np.float64)
-        d = np.broadcast_shapes(*(v.shape for v in flat.ravel())) if flat.size else ()
-        return np.array([np.broadcast_to(v, d) for v in flat.ravel()], np.float64).reshape(*lead, *d)
-
     constants = any(np.any(np.asarray(c) != 0) for row in rows["E"] for c in row)
     names = tuple(tuple(_names(place, points[k], R)) for k, place in enumerate(places))
     return Tableau(
-        t=pack(tape.times, (K,)),
-        A=pack(rows["A"], (K, R, R)),
-        B=pack(rows["B"], (K, R, outputs)),
-        C=pack(rows["C"], (K, R, Z)),
-        h0=pack(start["h0"], (R,)),
-        c0=pack(start["c0"], (R, Z)),
+        t=_pack(tape.times, (K,)),
+        A=_pack(rows["A"], (K, R, R)),
+        B=_pack(rows["B"], (K, R, outputs)),
+        C=_pack(rows["C"], (K, R, Z)),
+        h0=_pack(start["h0"], (R,)),
+        c0=_pack(start["c0"], (R, Z)),
         record=Record(name, order, process, tuple(tape.labels), names, references, prediction, outputs),
-        E=pack(rows["E"], (K, R)) if constants else None,
+        E=_pack(rows["E"], (K, R)) if constants else None,
     )
+
+
+def _pack(nested: Any, lead: tuple[int, ...]) -> np.ndarray:
+    """Nested lists of numbers or sample-shaped arrays as one array (*lead, *d)."""
+    with contextlib.suppress(ValueError):  # ragged: numbers beside arrays
+        return np.array(nested, np.float64).reshape(*lead, *np.shape(nested)[len(lead) :])
+    flat = np.empty(lead, dtype=object)
+    for index in np.ndindex(*lead):
+        value = nested
+        for i in index:
+            value = value[i]
+        flat[index] = np.asarray(value, np.float64)
+    d = np.broadcast_shapes(*(v.shape for v in flat.ravel())) if flat.size else ()
+    return np.array([np.broadcast_to(v, d) for v in flat.ravel()], np.float64).reshape(*lead, *d)
 
 
 def _flatten(node: Linear) -> dict[Linear, Any]:

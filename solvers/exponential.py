@@ -135,13 +135,9 @@ def adams(
     nothing is evaluated, so nothing is corrected.
     """
     at = lambda i: "x0" if g.a[i] == 0 else kind
-
-    def usable(i: int, past: Outputs) -> Outputs:
-        return [(k, F) for k, F in past if k == i or np.isfinite(g.lam[k])]
-
-    def order(i: int) -> int:
-        known = i + 1 - int(g.a[0] == 0 and i > 0)
-        return 1 if g.s[i + 1] == 0 else min(predictor, known, cap(i) if cap else predictor)
+    usable = lambda i, past: [(k, F) for k, F in past if k == i or np.isfinite(g.lam[k])]
+    known = lambda i: i + 1 - int(g.a[0] == 0 and i > 0)
+    order = lambda i: 1 if g.s[i + 1] == 0 else min(predictor, known(i), cap(i) if cap else predictor)
 
     y, past = x, [(0, model(x, g.t[0], kind=at(0), label=f"order {order(0)}"))]
     for i in range(g.n):
