@@ -372,22 +372,24 @@ def test_level_posterior_is_bayes():
 def test_dmcmc_without_a_chain_is_the_solver():
     """n_skip = 0: each sample by the solver from its own level, Tweedie after it; with moves the lowest is kept."""
     den = MIX.denoiser(VP)  # any process: the chain lives in x/alpha
+    at_the_end = jax.jit(lambda x, t: den(x, t))
     y, level = product_draws(jax.random.key(1))
     y, level = y[:16], level[:16] % 3
     chain = markov.langevin_gibbs(den, LEVELS, markov.level_posterior(MIX, LEVELS), 0.02)
     for solver, tweedie in ((solvers.heun(), None), (solvers.dpm_solver_pp(2), 0.05)):
         denoise = markov.denoise_from_levels(den, LEVELS, solver, 3, tweedie=tweedie)
-        got, (same, _) = markov.dmcmc(chain, denoise, 0)(jax.random.key(2), (y, level))
+        got, (same, _) = jax.jit(markov.dmcmc(chain, denoise, 0))(jax.random.key(2), (y, level))
         np.testing.assert_array_equal(same, y)
         for i in range(3):
             t = times.karras(VP, 3, start=float(VP.t_of_lam(-np.log(LEVELS[level[i]]))))
             want = jdiff.sample(den, solver(VP, t), VP.alpha(t[0]) * y[i : i + 1])
-            want = want if tweedie is None else den(want, float(VP.t_of_lam(-np.log(tweedie))))
+            want = want if tweedie is None else at_the_end(want, float(VP.t_of_lam(-np.log(tweedie))))
             np.testing.assert_allclose(got[i], want[0], rtol=1e-8)
-    state, visited = jdiff.run(chain, jnp.arange(6), (y, level), jax.random.key(3))
+    moves = jax.jit(lambda start, key: jdiff.run(chain, jnp.arange(6), start, key))
+    state, visited = moves((y, level), jax.random.key(3))
     np.testing.assert_array_equal(state.low, np.maximum(np.asarray(visited).max(0), np.asarray(level)))
     stochastic = markov.denoise_from_levels(den, LEVELS, solvers.heun(churn=4.0), 3)
-    samples, (next_y, next_level) = markov.dmcmc(chain, stochastic, 2)(jax.random.key(2), (y, level))
+    samples, (next_y, next_level) = jax.jit(markov.dmcmc(chain, stochastic, 2))(jax.random.key(2), (y, level))
     assert samples.shape == next_y.shape == (16, 2) and next_level.shape == (16,) and np.isfinite(samples).all()
 
 
