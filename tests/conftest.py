@@ -31,7 +31,7 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 gc.set_threshold(50_000, 10, 10)
 
 # To draw a parameter inside a trace Flax asks the tracer of its random stream for a sharding. It has none, and the text
-# of the error that JAX makes, which Flax drops, retells the program so far: 40 % of the time of tracing a U-Net.
+# of the error that JAX makes, which Flax drops, retells the program so far (a profile of six nets: 20 of 45 s).
 if hasattr(jax.core.Tracer, "_origin_msg"):
     for tracer in (jax.core.Tracer, *jax.core.Tracer.__subclasses__()):
         tracer._origin_msg = lambda self: ""
