@@ -1,6 +1,7 @@
 """Seconds to compile the training step and the sampler for a TPU topology, without a TPU; and again from the cache.
 
     python benchmarks/compile_time.py --net DiT-XL/2 --topology v5e:16x16 --mesh data=16,fsdp=16 --batch 2048
+    python benchmarks/compile_time.py --net DiT-S/2 --topology cpu:8 --mesh data=2,fsdp=4 --batch 64
 
 Each in a process of its own: lowering and compiling, in wall-clock and processor seconds (user and system, of all
 threads), the second time from the cache: JAX's own for cpu:8, and for TPU topologies, which that one does not take,

@@ -207,8 +207,9 @@ def denoising_loss(
     """The function loss(params, key, x0, y=None, index=None) -> (batch,) of weighted squared errors.
 
     x0: clean samples, an array or a pytree of arrays, batch axis first, float32 (or float64). y: integer labels
-    (batch,) or None. index: global index of each sample, (batch,); default 0, 1, .... Each entry is the mean over
-    the sample's elements, in x0's dtype, and depends on (key, index[i], x0[i], y[i]) alone.
+    (batch,), what else the network is told (a text), or None. index: global index of each sample, (batch,); default
+    0, 1, .... Each entry is the mean over the sample's elements, in x0's dtype, and depends on (key, index[i], x0[i],
+    y[i]) alone.
 
     apply(params, x_t, t, y) -> output of kind `prediction`, shaped like x0; t is (batch, 1, ..., 1), y is None
     where there are no labels. time: a sampler such as `uniform(process)` (the default). stratified: see `uniforms`.
@@ -230,7 +231,7 @@ def denoising_loss(
         params: PyTree,
         key: Array,
         x0: PyTree[Float[Array, "batch ..."]],
-        y: Int[Array, " batch"] | None = None,
+        y: PyTree | None = None,
         index: Int[Array, " batch"] | None = None,
     ) -> Float[Array, " batch"]:
         leaves = jax.tree.leaves(x0)

@@ -170,6 +170,11 @@ def build_net(config: TrainConfig, dataset: Any, rngs: "nnx.Rngs") -> Any:
         raise ValueError(f"{config.data} holds {height} x {width} images; nets take square ones: give `size`")
     classes = dataset.num_classes if config.labels and dataset.num_classes > 1 else 0
     fixed = {"image_size": height, "channels": channels, "num_classes": classes, "dtype": config.dtype}
+    preset = nets.PRESETS[config.net].options if config.net in nets.PRESETS else {}
+    if {**preset, **config.net_options}.get("context"):
+        if not getattr(dataset, "text", 0):
+            raise ValueError(f"{config.net} is told a text, and {config.data} has none: take a net that is told labels")
+        del fixed["num_classes"]  # not both
     for name, value in config.net_options.items():
         if name in fixed and fixed[name] != value:
             raise ValueError(

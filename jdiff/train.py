@@ -78,7 +78,8 @@ def make_train_step(
 ) -> Callable[[TrainState, Meter, Mapping[str, Array], UInt32[Array, ""]], tuple[TrainState, Meter]]:
     """The pure step(state, meter, batch, seed) -> (state, meter); jit it once, with state donated.
 
-    loss: as `losses.denoising_loss` returns. batch: {"image": (b, ...) float32, "label": (b,) int32, if any}.
+    loss: as `losses.denoising_loss` returns. batch: {"image": (b, ...) float32, "label": (b,) int32 or a `nets.Text`,
+    if any}.
     The step's key is fold_in(key(seed), state.step); nothing random is carried. loss and gradient norm (before
     clipping) are float32.
     """
@@ -131,23 +132,23 @@ class Program(NamedTuple):
 
 
 def program(config: TrainConfig, images: Any, mesh: Any) -> Program:
-    """The programs of `train`. images: has shape (height, width, channels) and num_classes, as a `jdiff.data.Dataset`.
+    """The programs of `train`. images: has shape (height, width, channels) and num_classes, as a `jdiff.data.Dataset`;
+    and text, embeddings a text, for nets that are told one: batches then have a `nets.Text` as their label.
 
     ValueError for a configuration that does not fit together or does not divide by the mesh.
     """
     from flax import nnx
 
     build = lambda seed: recipe.build_net(config, images, nnx.Rngs(jax.random.key(seed)))
-    net = nnx.eval_shape(lambda: build(0))
+    net = nnx.eval_shape(lambda: build(0))  # the one trace of its construction, until init runs
     call = NetCall(nnx.graphdef(net), recipe.make_process(config), recipe.sigma_data_of(config))
-    conditional = bool(net.config["num_classes"])
-    loss = recipe.make_loss(config, call, net.null_label if conditional and config.label_dropout else None)
+    loss = recipe.make_loss(config, call, net.null_label if net.num_classes and config.label_dropout else None)
     optimizer = recipe.make_optimizer(config)
 
-    def fresh(seed: UInt32[Array, ""]) -> tuple[TrainState, Meter]:
-        return init_state(nnx.to_pure_dict(nnx.state(build(seed))), optimizer, config.ema), meter()
+    def around(net: Any) -> tuple[TrainState, Meter]:
+        return init_state(nnx.to_pure_dict(nnx.state(net)), optimizer, config.ema), meter()
 
-    shapes = jax.eval_shape(fresh, jax.ShapeDtypeStruct((), jnp.uint32))
+    shapes = jax.eval_shape(around, net)
     meshes.check(mesh, net, config.batch, shapes[0].params)
     mesh = meshes.explicit(mesh)
     everywhere = meshes.everywhere(mesh)
@@ -158,12 +159,12 @@ def program(config: TrainConfig, images: Any, mesh: Any) -> Program:
         net,
         call,
         loss,
-        jax.jit(fresh, out_shardings=laid),
+        jax.jit(lambda seed: around(build(seed)), out_shardings=laid),
         jax.jit(step, donate_argnums=0),
         state,
         sums,
         meshes.batch(mesh),
-        ("image", "label") if conditional else ("image",),
+        ("image", "label") if net.num_classes or getattr(net, "context", None) else ("image",),
     )
 
 

@@ -13,10 +13,11 @@ from .conditioning import Text
 from .net import Net
 
 
-def macs(net: Net, blocks: Sequence[Any] | np.ndarray | None = None) -> int:
-    """Multiply-accumulates of matrix products and convolutions for one sample, at one time (and of 77 embeddings of a
-    text, or of as many as the net has positions for). Of an autoencoder: for one image, there and back.
+def macs(net: Net, blocks: Sequence[Any] | np.ndarray | None = None, *, text: int = 77) -> int:
+    """Multiply-accumulates of matrix products and convolutions for one sample, at one time. Of an autoencoder: for one
+    image, there and back.
 
+    text: embeddings of a text, of nets that are told one and have no positions for a number of them.
     blocks: the mask that the net is given, None for all. A skipped block costs its shortcut, if that has a product.
     ValueError for a mask of another length.
     """
@@ -29,7 +30,7 @@ def macs(net: Net, blocks: Sequence[Any] | np.ndarray | None = None) -> int:
     label: Any = jax.ShapeDtypeStruct((1,), jnp.int32) if net.num_classes else None
     if context := getattr(net, "context", None):
         given: Any = lambda *shape: jax.ShapeDtypeStruct((1, *shape), jnp.float32)
-        label = Text(given(getattr(net, "context_length", 77), context), given(getattr(net, "pooled", 1)))
+        label = Text(given(getattr(net, "context_length", text), context), given(getattr(net, "pooled", 1)))
     call = lambda net, x, y, mask: net(x, jnp.zeros((), jnp.float32), y, blocks=mask)
     traced = jax.make_jaxpr(call)(net, image, label, jax.ShapeDtypeStruct(keep.shape, jnp.float32))
     always, branches = count(traced.jaxpr)

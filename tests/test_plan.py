@@ -206,6 +206,17 @@ def _net(size, channels, **options):
 
 
 # ------------------------------------------------------------------------------------------------------------- plans
+def test_nets_that_are_told_a_text_are_planned():
+    """On the mesh, training and sampling, and with the text in the count of products."""
+    text = {"patch": 4, "width": 64, "depth": 3, "heads": 2, "context": 12, "pooled": 8}
+    config = dataclasses.replace(TINY, net="MMDiT", net_options=text, text=5)
+    macs = nets.macs(nnx.eval_shape(lambda: nets.build("MMDiT", 8, 2, **text, rngs=nnx.Rngs(0))), text=5)
+    counts = program.build(config, jax.devices()).count()
+    assert counts.useful == 6 * 16 * macs and abs(counts.flops / counts.useful - 1) < 0.1
+    sampled = program.build(dataclasses.replace(config, sample=2, solver="ddim"), jax.devices())
+    assert 0.9 < sampled.count().flops / sampled.count().useful < 1
+
+
 @pytest.fixture(scope="module")
 def planned():
     return plan(TINY)
@@ -222,6 +233,7 @@ def test_a_plan_of_simulated_devices(planned):
     assert parts["optimizer state"] == 2 * parts["parameters"] + 8  # two counters
     assert planned.fits and planned.devices == 8 and not planned.seconds
     assert any(kind == "all-reduce" and "data" in axes for kind, axes, _, _ in planned.collectives)
+    assert planned.useful * 8 == 6 * 16 * nets.macs(_net(8, 2, **TINY.net_options))
     assert abs(planned.flops / planned.useful - 1) < 0.02  # nothing is computed again, and images need no gradient
 
 
@@ -291,15 +303,16 @@ def test_gradients_are_scattered(topology, axes):
 
 def test_rematerialisation_costs_flops_and_keeps_less(planned):
     build = lambda c: program.build(c, jax.devices())
-    again = build(dataclasses.replace(TINY, remat="full"))
+    again = build(dataclasses.replace(TINY, remat="full")).count()
     assert again.kept < 0.6 * planned.kept and again.flops / 8 > 1.2 * planned.flops
     assert again.useful / 8 == planned.useful
 
 
 def test_sampling_is_planned_too():
     built = program.build(dataclasses.replace(TINY, sample=6, solver="ddim"), jax.devices())
-    assert built.useful == 2 * 6 * 16 * nets.macs(_net(8, 2, **TINY.net_options))
-    assert 0.96 < built.flops / built.useful < 1  # a time is embedded once for all images
+    counts = built.count()
+    assert counts.useful == 2 * 6 * 16 * nets.macs(_net(8, 2, **TINY.net_options))
+    assert 0.96 < counts.flops / counts.useful < 1  # a time is embedded once for all images
     assert set(built.parts) == {"parameters"}
 
 

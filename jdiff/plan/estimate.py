@@ -75,10 +75,10 @@ def plan(config: PlanConfig) -> Plan:
         over, capacity = _out_of_memory(str(error))
         if not over:
             raise
-        memory = dict(built.parts)
+        memory, counts = dict(built.parts), built.count()
         seconds = time.perf_counter() - start
         return Plan(
-            config, n, False, over, capacity, memory, built.kept, built.flops / n, built.useful / n, (), {}, seconds
+            config, n, False, over, capacity, memory, counts.kept, counts.flops / n, counts.useful / n, (), {}, seconds
         )  # fmt: skip
     return read(config, built, *found)
 
@@ -88,7 +88,7 @@ def read(config: PlanConfig, built: Built, text: str, sizes: Any, seconds: float
 
     seconds: 0 for a program that was compiled for an earlier plan.
     """
-    topology, n = chips.parse(config.topology), built.mesh.size
+    topology, n, counts = chips.parse(config.topology), built.mesh.size, built.count()
     moved = hlo.Program(text).moved(dict(built.mesh.shape))
     memory = built.parts | {
         "batch and padding": sizes.argument_size_in_bytes - sum(built.parts.values()),
@@ -99,8 +99,8 @@ def read(config: PlanConfig, built: Built, text: str, sizes: Any, seconds: float
     capacity = chip.hbm / chip.devices if chip else float("nan")
     collectives = tuple((*key, moved.counts[key], size) for key, size in sorted(moved.collectives.items()))
     return Plan(
-        config, n, True, 0.0, capacity, memory, built.kept, built.flops / n, built.useful / n, collectives,
-        _roofline(chip, built.flops / n, moved), seconds,
+        config, n, True, 0.0, capacity, memory, counts.kept, counts.flops / n, counts.useful / n, collectives,
+        _roofline(chip, counts.flops / n, moved), seconds,
     )  # fmt: skip
 
 
