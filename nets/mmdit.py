@@ -9,7 +9,7 @@ from flax import nnx
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, PyTree
 
-from jdiff.mesh import BATCH, constrain
+from jdiff.mesh import BATCH, columns_split, constrain, rows_split
 
 from .conditioning import Conditioning, Text
 from .layers import Attention, Linear, SelfAttention, layer_norm, modulate, perturbed, rematerialise, xavier, zeros
@@ -33,8 +33,9 @@ class Stream(nnx.Module):
         self.attention = SelfAttention(width, heads, qk_norm=qk_norm, **options)
         if last:
             del self.attention.out
-        self.mlp_in = None if last else Linear(width, hidden, kernel_init=xavier, **options)
-        self.mlp_out = None if last else Linear(hidden, width, kernel_init=xavier, **options)
+        options["kernel_init"] = xavier
+        self.mlp_in = None if last else Linear(width, hidden, dot_general=rows_split, **options)
+        self.mlp_out = None if last else Linear(hidden, width, dot_general=columns_split, **options)
 
     def heads_of(self, x: Float[Array, "b n d"], c: Float[Array, "b 1 d"]) -> tuple[tuple[Array, ...], list[Array]]:
         """Queries, keys and values of the stream, and what is left of its modulation."""

@@ -16,8 +16,8 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from test_kernels import arrays, gradients, hollow
 
-from jdiff import kernels
-from jdiff.kernels import dispatch, gpu, grid, masks, reference
+from jdiff import kernels, mesh
+from jdiff.kernels import dispatch, formulas, gpu, grid, masks, reference, sequence, softmax
 
 PRIVATE = "jax._src.pallas.mosaic_gpu.interpret.params"  # JAX 0.10 has no public door
 Params = (
@@ -58,6 +58,52 @@ def test_kernel_is_the_reference(name):
     for a, c in zip(got, want, strict=True):
         assert a.dtype == (jnp.float32 if a.shape[-1] != args[0].shape[-1] else args[0].dtype)
         np.testing.assert_allclose(a.astype(jnp.float64), c, atol=relative * max(1.0, float(np.abs(c).max())))
+
+
+@pytest.mark.parametrize("path", ["tpu", "mosaic_gpu"])
+def test_parts_of_the_ring_are_the_whole(path):
+    """Two parts of the keys, merged, and their gradients by the lse of all keys; some queries attend to nothing."""
+    (q, k, v, dout), extras = arrays(1, 1, 30, 60, 16, segments=True)
+    want = gradients(reference.attention, *(a.astype(jnp.float64) for a in (q, k, v, dout)), **extras)
+    how = sequence.How(0.25, path, Params() if path == "mosaic_gpu" else True)
+    mine, theirs = extras["segment_ids"]
+    parts = [(k[:, i], v[:, i], (mine, theirs[:, i])) for i in (slice(0, 17), slice(17, 60))]
+    lse, out = jnp.full((1, 1, 30), -jnp.inf, jnp.float32), jnp.zeros((1, 1, 30, 16), jnp.float32)
+    for part in parts:
+        more, more_lse = sequence._part(how, q, *part)
+        lse, out = softmax.merge(lse, out, more_lse, more.swapaxes(1, 2))
+    out = out.swapaxes(1, 2)
+    delta = formulas.row_sums(out, dout)
+    each = [sequence._part_gradients(how, q, *part, lse, delta, dout) for part in parts]
+    got = out, sum(a for a, _, _ in each), *(jnp.concatenate(list(a), 1) for a in list(zip(*each, strict=True))[1:])
+    for a, c in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, c, atol=5e-6 * max(1.0, float(np.abs(c).max())))
+
+
+def test_the_ring_takes_it_by_name_only(monkeypatch):
+    """The default is not it; by name it is, or the error says why not; cuDNN's gradient cannot serve a ring."""
+    q = jnp.zeros((1, 32, 2, 64), jnp.bfloat16)
+
+    def lowered(implementation, platform):
+        ring = mesh.on(mesh.make("sequence=2,data=4"), functools.partial(kernels.ring, implementation=implementation))
+        return jax.jit(ring).trace(q, q, q).lower(lowering_platforms=(platform,)).as_text()
+
+    assert "custom_call" not in lowered(None, "cpu")
+    with pytest.raises(ValueError, match="ring attention has no 'cudnn', whose gradient"):
+        lowered("cudnn", "cuda")
+    with pytest.raises(ValueError, match="unknown implementation 'mosaic'"):
+        lowered("mosaic", "cuda")
+    monkeypatch.setattr(dispatch, "_lacks_hopper", lambda: "no Hopper")
+    with pytest.raises(ValueError, match="'mosaic_gpu' was asked for, but no Hopper"):
+        lowered("mosaic_gpu", "cuda")
+    monkeypatch.setattr(dispatch, "_lacks_hopper", lambda: None)
+    # in the kernel's place, which JAX 0.10 does not trace
+    monkeypatch.setattr(gpu, "forward", lambda options, q, *_: (jnp.cosh(q), jnp.zeros((1, 2, 16), jnp.float32)))
+    assert "cosh" not in lowered(None, "cuda") and "cosh" in lowered("mosaic_gpu", "cuda")
+    with pytest.raises(ValueError, match="it is for cuda and the program is for cpu"):
+        lowered("mosaic_gpu", "cpu")
+    with pytest.raises(ValueError, match="it is for tpu and the program is for cpu"):
+        lowered("tpu", "cpu")
 
 
 def test_vmap():

@@ -51,7 +51,7 @@ def choice(
                 f"attention: unknown implementation {implementation!r}; one of {', '.join(IMPLEMENTATIONS)}"
             )
         if (home := HOMES.get(implementation, platform)) != platform:
-            raise ValueError(_not_at_home(implementation, home, platform))
+            raise ValueError(not_at_home(implementation, home, platform))
         if reason := _refusal(implementation, q_shape, k_shape, dtype, mask, masked):
             raise ValueError(f"attention: implementation {implementation!r} was asked for, but {reason}")
         return Choice(implementation, "it was asked for")
@@ -65,7 +65,7 @@ def choice(
     return Choice(kernel, "the Pallas kernel serves it" if kernel == "tpu" else "cuDNN's flash attention serves it")
 
 
-def _not_at_home(implementation: str, home: str, platform: str) -> str:
+def not_at_home(implementation: str, home: str, platform: str) -> str:
     return (
         f"attention: implementation {implementation!r} was asked for, but it is for {home} and the program is for"
         f" {platform}; leave `implementation` out there, or compile for {home}"
@@ -185,7 +185,7 @@ def attention(
             )
 
         def refusal(platform: str) -> Callable[..., Array]:
-            message = _not_at_home(paths[platform], str(home), platform)
+            message = not_at_home(paths[platform], str(home), platform)
             return lambda q, *_: elsewhere.refuse(message, q)
 
         args = (q, k, v, bias, segment_ids)

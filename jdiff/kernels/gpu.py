@@ -37,10 +37,16 @@ def attention(
     keys: of a block, one of KEYS; default by `keys_of_a_block`. interpret: a `plgpu.InterpretGPUParams` runs the
     kernel's Python on a CPU.
     """
+    options = make_options(q, k, mask, scale, keys, interpret)
+    return flash.attention(forward, backward, options, q, k, v, bias, segment_ids)
+
+
+def make_options(
+    q: Array, k: Array, mask: Mask | None, scale: float | None, keys: int | None, interpret: Any
+) -> Options:
     mask = masks.full(q.shape[1], k.shape[1]) if mask is None else mask
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    options = Options(mask, scale, (mosaic_gpu.OWNED, keys or keys_of_a_block(mask)), interpret)
-    return flash.attention(forward, backward, options, q, k, v, bias, segment_ids)
+    return Options(mask, scale, (mosaic_gpu.OWNED, keys or keys_of_a_block(mask)), interpret)
 
 
 def keys_of_a_block(mask: Mask) -> int:

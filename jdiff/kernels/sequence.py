@@ -10,7 +10,8 @@ Both are called with whole arrays under `jdiff.mesh.on(mesh, ...)`, as `attentio
 
 import functools
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,30 +21,48 @@ from jaxtyping import Array, Float
 
 from jdiff.mesh import BATCH
 
-from . import dispatch, formulas, reference, softmax, tpu
+from . import dispatch, elsewhere, formulas, reference, softmax, tpu
 from .masks import Mask
 from .reference import Segments
 
 AXIS = "sequence"
+PATHS = ("reference", "tpu", "mosaic_gpu")  # that tell the lse, and whose gradient takes that of all keys
 
 
 def ring(
-    q: Array, k: Array, v: Array, *, segment_ids: Segments | None = None, scale: float | None = None
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    segment_ids: Segments | None = None,
+    scale: float | None = None,
+    implementation: str | None = None,
 ) -> Float[Array, "b n h d"]:
     """`attention` without mask and bias, tokens and keys split over "sequence".
 
-    Arguments and result as in `attention`. ValueError if "sequence" does not divide the tokens. Sums over parts are
-    kept in float32.
+    Arguments and result as in `attention`; implementation: one of PATHS, default the kernel on a TPU and the reference
+    elsewhere, which holds the logits of a device's queries and the keys that are there. ValueError if "sequence" does
+    not divide the tokens. Sums over parts are kept in float32.
     """
     dispatch.check(q, k, v, None, None, segment_ids)
     sizes = _sizes()
     if sizes.get(AXIS, 1) == 1:
-        return dispatch.attention(q, k, v, segment_ids=segment_ids, scale=scale)
+        return dispatch.attention(q, k, v, segment_ids=segment_ids, scale=scale, implementation=implementation)
     _divides("tokens", q.shape[1], sizes[AXIS])
     _divides("keys", k.shape[1], sizes[AXIS])
     batch, heads = _axes(sizes, BATCH, q.shape[0]), _axes(sizes, ("tensor",), q.shape[2])
     spec, ids = PartitionSpec(batch, AXIS, heads, None), PartitionSpec(batch, AXIS)
-    fn = functools.partial(_ring, 1 / math.sqrt(q.shape[-1]) if scale is None else scale)
+    if implementation is not None:
+        if implementation in dispatch.IMPLEMENTATIONS and implementation not in PATHS:
+            raise ValueError(
+                f"ring attention has no {implementation!r}, whose gradient does not take the log-sum-exp of all keys; "
+                f"one of {', '.join(PATHS)}"
+            )
+        local = [(b, n // sizes[AXIS], h, d) for b, n, h, d in (q.shape, k.shape)]
+        home = dispatch.HOMES.get(implementation, "cpu")
+        dispatch.choice(*local, q.dtype, platform=home, implementation=implementation)  # or it says why not
+    how = How(1 / math.sqrt(q.shape[-1]) if scale is None else scale, implementation)
+    fn = functools.partial(_ring, how)
     specs = (spec, spec, spec, None if segment_ids is None else (ids, ids))
     return jax.shard_map(fn, in_specs=specs, out_specs=spec, check_vma=False)(q, k, v, segment_ids)
 
@@ -110,9 +129,17 @@ def _divides(what: str, n: int, size: int) -> None:
 
 
 # -------------------------------------------------------------------------------------- the ring, as one device sees it
+class How(NamedTuple):
+    """scale: of the logits. implementation: as in `ring`. interpret: run a kernel's Python on any device."""
+
+    scale: float
+    implementation: str | None
+    interpret: Any = False
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _ring(scale: float, q: Array, k: Array, v: Array, ids: Any) -> Array:
-    return _ring_fwd(scale, q, k, v, ids)[0]
+def _ring(how: How, q: Array, k: Array, v: Array, ids: Any) -> Array:
+    return _ring_fwd(how, q, k, v, ids)[0]
 
 
 def _rotate(tree: Any) -> Any:
@@ -122,13 +149,13 @@ def _rotate(tree: Any) -> Any:
     return jax.tree.map(lambda a: lax.ppermute(a, AXIS, pairs), tree)
 
 
-def _ring_fwd(scale: float, q: Array, k: Array, v: Array, ids: Any) -> tuple[Array, Any]:
+def _ring_fwd(how: How, q: Array, k: Array, v: Array, ids: Any) -> tuple[Array, Any]:
     mine, theirs = (None, None) if ids is None else ids
     kind = formulas.wide(q.dtype)
 
     def turn(carry: Any, _: None) -> tuple[Any, None]:
         lse, out, (k, v, theirs) = carry
-        part, part_lse = _part(scale, q, k, v, None if theirs is None else (mine, theirs))
+        part, part_lse = _part(how, q, k, v, None if theirs is None else (mine, theirs))
         lse, out = softmax.merge(lse, out, part_lse, part.swapaxes(1, 2))
         return (lse, out, _rotate((k, v, theirs))), None
 
@@ -139,14 +166,14 @@ def _ring_fwd(scale: float, q: Array, k: Array, v: Array, ids: Any) -> tuple[Arr
     return out.astype(q.dtype), (q, k, v, ids, out, lse)
 
 
-def _ring_bwd(scale: float, saved: Any, dout: Array) -> tuple[Any, ...]:
+def _ring_bwd(how: How, saved: Any, dout: Array) -> tuple[Any, ...]:
     q, k, v, ids, out, lse = saved
     mine, theirs = (None, None) if ids is None else ids
     delta = formulas.row_sums(out, dout)
 
     def turn(carry: Any, _: None) -> tuple[Any, None]:
         dq, (k, v, theirs, dk, dv) = carry
-        parts = _part_gradients(scale, q, k, v, None if theirs is None else (mine, theirs), lse, delta, dout)
+        parts = _part_gradients(how, q, k, v, None if theirs is None else (mine, theirs), lse, delta, dout)
         dq, dk, dv = (total + part for total, part in zip((dq, dk, dv), parts, strict=True))
         return (dq, _rotate((k, v, theirs, dk, dv))), None  # after all turns, gradients are back where k and v are
 
@@ -158,37 +185,59 @@ def _ring_bwd(scale: float, saved: Any, dout: Array) -> tuple[Any, ...]:
 _ring.defvjp(_ring_fwd, _ring_bwd)
 
 
-def _on_tpu(q: Array, k: Array) -> bool:
-    return dispatch.choice(q.shape, k.shape, q.dtype, platform="tpu").path == "tpu"
+def _run(how: How, plain: Callable[..., Any], kernel: Callable[..., Any], *args: Any) -> Any:
+    """plain(*args), or kernel(module, options, *args), as `how` says for the platform of lowering."""
+    q, k = args[:2]
+
+    def flash(path: str) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            if path == "mosaic_gpu":
+                from . import gpu as module  # not every JAX has what it needs
+            else:
+                module = tpu
+            options = module.make_options(q, k, None, how.scale, None, how.interpret)
+            return jax.tree.map(lambda a: a.astype(jnp.float32), kernel(module, options, *args))
+
+        return run
+
+    def refusal(platform: str) -> Callable[..., Any]:
+        message = dispatch.not_at_home(how.implementation or "", home or "", platform)
+        refuse = lambda a: elsewhere.refuse(message, jnp.zeros(a.shape, a.dtype))
+        return lambda *args: jax.tree.map(refuse, jax.eval_shape(plain, *args))
+
+    home = dispatch.HOMES.get(how.implementation or "")
+    if how.interpret:
+        return flash(how.implementation or "tpu")(*args)
+    if home is not None:
+        branches = {p: flash(str(how.implementation)) if p == home else refusal(p) for p in dispatch.PLATFORMS}
+        return lax.platform_dependent(*args, default=branches.pop("cpu"), **branches)
+    if how.implementation is None and dispatch.choice(q.shape, k.shape, q.dtype, platform="tpu").path == "tpu":
+        return lax.platform_dependent(*args, tpu=flash("tpu"), default=plain)
+    return plain(*args)
 
 
-def _part(scale: float, q: Array, k: Array, v: Array, ids: Any) -> tuple[Array, Array]:
+def _part(how: How, q: Array, k: Array, v: Array, ids: Any) -> tuple[Array, Array]:
     """Attention over the keys that are here, in the wide dtype, and its lse."""
 
     def plain(q: Array, k: Array, v: Array, ids: Any) -> tuple[Array, Array]:
-        return reference.attention_lse(q, k, v, segment_ids=ids, scale=scale)
+        return reference.attention_lse(q, k, v, segment_ids=ids, scale=how.scale)
 
-    def kernel(q: Array, k: Array, v: Array, ids: Any) -> tuple[Array, Array]:
-        out, lse = tpu.forward(tpu.make_options(q, k, None, scale, None, False), q, k, v, None, ids)
-        return out.astype(jnp.float32), lse
+    def kernel(module: Any, options: Any, q: Array, k: Array, v: Array, ids: Any) -> tuple[Array, Array]:
+        return module.forward(options, q, k, v, None, ids)
 
-    if not _on_tpu(q, k):
-        return plain(q, k, v, ids)
-    return lax.platform_dependent(q, k, v, ids, tpu=kernel, default=plain)
+    return _run(how, plain, kernel, q, k, v, ids)
 
 
 def _part_gradients(
-    scale: float, q: Array, k: Array, v: Array, ids: Any, lse: Array, delta: Array, dout: Array
+    how: How, q: Array, k: Array, v: Array, ids: Any, lse: Array, delta: Array, dout: Array
 ) -> tuple[Array, ...]:
     """What the keys that are here add to dq, and the queries that are here to dk and dv."""
 
     def plain(q: Array, k: Array, v: Array, ids: Any, lse: Array, delta: Array, dout: Array) -> tuple[Array, ...]:
-        logits = formulas.logits(q, k, scale, formulas.same(ids))
-        return formulas.gradients(logits, scale, q, k, v, lse, delta, dout)
+        logits = formulas.logits(q, k, how.scale, formulas.same(ids))
+        return formulas.gradients(logits, how.scale, q, k, v, lse, delta, dout)
 
-    def kernel(q: Array, k: Array, v: Array, ids: Any, lse: Array, delta: Array, dout: Array) -> tuple[Array, ...]:
-        options = tpu.make_options(q, k, None, scale, None, False)
-        return tuple(a.astype(jnp.float32) for a in tpu.backward(options, q, k, v, None, ids, lse, delta, dout))
+    def kernel(module: Any, options: Any, q: Array, k: Array, v: Array, ids: Any, *rest: Array) -> tuple[Array, ...]:
+        return module.backward(options, q, k, v, None, ids, *rest)
 
-    args = (q, k, v, ids, lse, delta, dout)
-    return lax.platform_dependent(*args, tpu=kernel, default=plain) if _on_tpu(q, k) else plain(*args)
+    return _run(how, plain, kernel, q, k, v, ids, lse, delta, dout)
