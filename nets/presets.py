@@ -54,6 +54,7 @@ _SONG = {
     "head_width": None,
     "time_scale": 1.0,
 }
+_SD3 = {"patch": 2, "width": 1536, "depth": 24, "heads": 24, "context": 4096, "pooled": 2048}
 _TINY = {"depth": 4, "width": 128, "heads": 4}
 
 PRESETS: dict[str, Preset] = {
@@ -86,8 +87,13 @@ PRESETS: dict[str, Preset] = {
     "MMDiT": Preset(MMDiT, {}, "two streams, joint attention; give patch, width, depth, heads, context, pooled"),
     "MMDiT-SD3": Preset(
         MMDiT,
-        {"patch": 2, "width": 1536, "depth": 24, "heads": 24, "context": 4096, "pooled": 2048, "positions_table": 192},
+        {**_SD3, "positions_table": 192},
         "Stable Diffusion 3 medium (2403.03206), 2.03B parameters and a table of positions, told a text",
+    ),
+    "MMDiT-SD3.5-medium": Preset(
+        MMDiT,
+        {**_SD3, "positions_table": 384, "qk_norm": True, "dual": 13},
+        "Stable Diffusion 3.5 medium, 2.24B parameters and a table of positions, told a text",
     ),
     "AutoencoderKL": Preset(AutoencoderKL, {}, "Stable Diffusion's autoencoder, 83.7M parameters; not a net of (x, t)"),
     "VQAutoencoder": Preset(

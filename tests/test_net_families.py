@@ -25,6 +25,9 @@ SMALL = {
 }
 
 
+DUAL = (("depth", 4), ("dual", 2))
+
+
 def abstract(name, size, channels, **options):
     return nnx.eval_shape(lambda: nets.build(name, size, channels, rngs=nnx.Rngs(0), **options))
 
@@ -68,6 +71,7 @@ def count(module):
         ("UViT-H/2", 32, 4, 1000, 501e6),
         # the rest: parameters of the public PyTorch modules, and what is a buffer there: positions, frequencies
         ("MMDiT-SD3", 128, 16, None, 2_028_328_000 + 192 * 192 * 1536),
+        ("MMDiT-SD3.5-medium", 128, 16, None, 2_243_171_520 + 384 * 384 * 1536),
         ("UNet-DDPM++", 32, 3, None, 55_732_739),
         ("UNet-NCSN++", 32, 3, None, 56_395_523 + 128),
         pytest.param("UNet-NCSN++-256", 256, 3, None, 65_574_549, marks=pytest.mark.long),
@@ -81,10 +85,10 @@ def test_sizes_are_the_published_ones(name, size, channels, classes, parameters)
     assert found == parameters if parameters % 1e6 else round(found / 1e6) == parameters / 1e6
 
 
-@pytest.mark.parametrize("name", SMALL)
-def test_parts_masks_and_meshes(name):
+@pytest.mark.parametrize(("name", "options"), [*((name, ()) for name in SMALL), ("MMDiT", DUAL)])
+def test_parts_masks_and_meshes(name, options):
     """Blocks in parts are the whole; ones skip nothing; a mask skips; every large parameter has a rule."""
-    net, x = make(name), sample(2, 8, 8, 3)
+    net, x = make(name, **dict(options)), sample(2, 8, 8, 3)
     y, n = told(net), net.num_blocks
 
     @jit
@@ -147,37 +151,66 @@ def test_uvit_block_matches_numpy():
     np.testing.assert_allclose(jit(lambda b, x, s: b(x, s))(block, x, skip), want, rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize("last", [False, True])
-def test_mmdit_block_matches_numpy(last):
-    """2403.03206, figure 2b: weights a stream, one attention; in the last block the text gives keys, values."""
-    block, p = block_of(functools.partial(mmdit.Block, 8, 2, 4.0, attention=None, last=last, qk_norm=True))
+@pytest.mark.parametrize("kind", ["", "last", "dual", "dual, perturbed"])
+def test_mmdit_block_matches_numpy(kind):
+    """2403.03206, figure 2b: weights a stream, one attention; in the last block the text gives keys, values. Stable
+    Diffusion 3.5 medium: in its first blocks the image has an attention of its own, told by three more parts of c."""
+    last, dual = kind == "last", "dual" in kind
+    block, p = block_of(functools.partial(mmdit.Block, 8, 2, 4.0, attention=None, last=last, dual=dual, qk_norm=True))
     rng = np.random.default_rng(0)
     x, y, c = rng.normal(size=(2, 4, 8)), rng.normal(size=(2, 3, 8)), rng.normal(size=(2, 1, 8))
     linear = lambda name, v: v @ p[f"{name}/kernel"] + p[f"{name}/bias"]
     rows, streams, told = {"image": x, "text": y}, [], {}
-    for name, v in rows.items():
-        told[name] = np.split(
-            linear(f"{name}/modulation", c / (1 + np.exp(-c))), 2 if last and name == "text" else 6, -1
-        )
-        shift, scale = told[name][:2]
-        q, k, v = np.split(linear(f"{name}/attention/qkv", standard(v, 1e-6) * (1 + scale) + shift), 3, -1)
+
+    def heads(name, v, shift, scale):
+        q, k, v = np.split(linear(f"{name}/qkv", standard(v, 1e-6) * (1 + scale) + shift), 3, -1)
         for which, a in (("norm_q", q), ("norm_k", k)):
-            heads = a.reshape(2, -1, 2, 4)
-            heads = heads / np.sqrt(np.square(heads).mean(-1, keepdims=True) + 1e-6)
-            a[:] = (heads * p[f"{name}/attention/{which}/scale"]).reshape(a.shape)
-        streams.append((q, k, v))
+            each = a.reshape(2, -1, 2, 4)
+            each = each / np.sqrt(np.square(each).mean(-1, keepdims=True) + 1e-6)
+            a[:] = (each * p[f"{name}/{which}/scale"]).reshape(a.shape)
+        return q, k, v
+
+    for name, v in rows.items():
+        parts = 2 if last and name == "text" else 9 if dual and name == "image" else 6
+        told[name] = np.split(linear(f"{name}/modulation", c / (1 + np.exp(-c))), parts, -1)
+        streams.append(heads(f"{name}/attention", v, *told[name][:2]))
     want = []
     for (name, v), out in zip(rows.items(), attended(streams, 2), strict=True):
         if not (last and name == "text"):
-            _, _, gate1, shift, scale, gate2 = told[name]
-            v = v + gate1 * linear(f"{name}/attention/out", out)
+            _, _, gate1, shift, scale, gate2, *own = told[name]
+            joint = gate1 * linear(f"{name}/attention/out", out)
+            if own:
+                qkv = heads("image/attention2", v, *own[:2])
+                (out,) = (qkv[2],) if "perturbed" in kind else attended([qkv], 2)
+                v = v + own[2] * linear("image/attention2/out", out)
+            v = v + joint
             u = linear(f"{name}/mlp_in", standard(v, 1e-6) * (1 + scale) + shift)
             gelu = 0.5 * u * (1 + np.tanh(np.sqrt(2 / np.pi) * (u + 0.044715 * u**3)))
             v = v + gate2 * linear(f"{name}/mlp_out", gelu)
         want.append(v)
-    got = jit(lambda b, x, y, c: b(mmdit.State(x, y), c))(block, x, y, c)
+    assert dual == ("image/attention2/qkv/kernel" in p) and "text/attention2/qkv/kernel" not in p
+    perturb = jnp.repeat(jnp.arange(2.0), 2).reshape(2, 1, 2) if "perturbed" in kind else None  # own: the identity
+    got = jit(lambda b, x, y, c: b(mmdit.State(x, y), c, perturb))(block, x, y, c)
     for a, b in zip(got, want, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11)
+
+
+def test_perturbations_of_two_attentions():
+    """A row for the shared attention and one for the own, block by block; the blocks run by hand."""
+    net, x = make("MMDiT", **dict(DUAL)), sample(2, 8, 8, 3)
+    u = jnp.asarray(np.random.default_rng(0).uniform(0, 1, (6, 2)), jnp.float32)
+    assert len(net.attention_heads) == 6
+
+    @jit
+    def run(net, x, y, u):
+        state, c = net.embed(x, T, y)
+        pick = lambda stack, i: jax.tree.map(lambda a: a[i], stack)
+        stack = [*(pick(net.dual_blocks, i) for i in (0, 1)), pick(net.blocks, 0), net.last]
+        for block, rows in zip(stack, (u[0:2, None], u[2:4, None], u[4:5], u[5:6]), strict=True):
+            state = block(state, c, rows)
+        return net.project(state, c), net(x, T, y, perturb=u)
+
+    close(*run(net, x, told(net), u))
 
 
 @pytest.mark.parametrize("name", ["UViT", "MMDiT"])
@@ -202,7 +235,7 @@ FAMILIES = {  # wide enough for products to be nearly all; no loop of more than 
     "SiT": {"patch": 2, "width": 256, "depth": 2, "heads": 2, "unroll": 2, "num_classes": 5},
     "PointDiT": {"patch": 2, "width": 264, "depth": 2, "heads": 2, "unroll": 2, "points": 64},
     "UViT": {"patch": 2, "width": 256, "depth": 2, "heads": 2, "num_classes": 5},
-    "MMDiT": {"patch": 2, "width": 256, "depth": 2, "heads": 2, "context": 48, "pooled": 16},
+    "MMDiT": {"patch": 2, "width": 256, "depth": 3, "heads": 2, "context": 48, "pooled": 16, "dual": 1},
     "AutoencoderKL": {"width": 64, "multipliers": (1, 2), "blocks": 1},
     "VQAutoencoder": {"width": 64, "multipliers": (1, 2), "blocks": 1},
     **{
@@ -336,6 +369,7 @@ def test_vector_quantisation():
         (lambda: abstract("UViT", 8, 3, **{**SMALL["UViT"], "patch": 3}), "patch 3 does not divide image_size 8"),
         (lambda: abstract("UViT", 8, 3, **SMALL["UViT"], context=4), "a text or labels, not both"),
         (lambda: abstract("MMDiT", 8, 3, **{**SMALL["MMDiT"], "depth": 1}), "a depth of 2 or more"),
+        (lambda: abstract("MMDiT", 8, 3, **SMALL["MMDiT"], dual=2), r"dual=2 of depth=3 blocks; expected 0 to 1 of"),
         (lambda: abstract("MMDiT", 8, 3, **{**SMALL["MMDiT"], "heads": 3}), "divisible by heads 3"),
         (lambda: abstract("UNet", 8, 3, **SMALL["ldm"], style="song"), "styles: adm, ddpm"),
         (lambda: make("UViT")(sample(2, 8, 8, 3), jnp.ones((2, 8, 8, 1), jnp.float32)), "a time a sample"),

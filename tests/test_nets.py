@@ -511,6 +511,7 @@ def test_every_preset_has_one_line_and_builds():
     counted = {"UNet-CIFAR", "UNet-ADM-64"}  # above, and in test_net_families; slow to build
     counted |= {
         "MMDiT-SD3",
+        "MMDiT-SD3.5-medium",
         "UNet-DDPM++",
         "UNet-NCSN++",
         "UNet-NCSN++-256",

@@ -113,6 +113,7 @@ class Streams(NamedTuple):
 
 _OURS = (
     "attention/qkv", "attention/out", "mlp_in", "mlp_out", "modulation", "attention/norm_q", "attention/norm_k",
+    "attention2/qkv", "attention2/out", "attention2/norm_q", "attention2/norm_k",
 )  # fmt: skip
 _AROUND = (
     "patches", "conditioning/time_in", "conditioning/time_out", "pooled_in", "pooled_out", "text_in", "out",
@@ -123,16 +124,17 @@ _AROUND = (
 def _parts(block: str, *names: str | tuple[str, ...]) -> dict[str, str | tuple[str, ...]]:
     full = lambda name: f"{block}.{name}"
     each = [full(n) if isinstance(n, str) else tuple(map(full, n)) for n in names]
-    return dict(zip(_OURS, each, strict=True))
+    return dict(zip(_OURS, each, strict=False))
 
 
 _JOINT = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "adaLN_modulation.1", "attn.ln_q", "attn.ln_k")
+_DUAL = ("attn2.qkv", "attn2.proj", "attn2.ln_q", "attn2.ln_k")
 SD3 = Streams(
     dict(zip(_AROUND, (
         "x_embedder.proj", "t_embedder.mlp.0", "t_embedder.mlp.2", "y_embedder.mlp.0", "y_embedder.mlp.2",
         "context_embedder", "final_layer.linear", "final_layer.adaLN_modulation.1", "pos_embed",
     ), strict=True)),
-    _parts("joint_blocks.{}.x_block", *_JOINT),
+    _parts("joint_blocks.{}.x_block", *_JOINT, *_DUAL),
     _parts("joint_blocks.{}.context_block", *_JOINT),
     scale_first=False,
 )  # fmt: skip
@@ -145,6 +147,7 @@ SD3_DIFFUSERS = Streams(
     _parts(
         "transformer_blocks.{}", ("attn.to_q", "attn.to_k", "attn.to_v"), "attn.to_out.0", "ff.net.0.proj", "ff.net.2",
         "norm1.linear", "attn.norm_q", "attn.norm_k",
+        ("attn2.to_q", "attn2.to_k", "attn2.to_v"), "attn2.to_out.0", "attn2.norm_q", "attn2.norm_k",
     ),
     _parts(
         "transformer_blocks.{}", ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"), "attn.to_add_out",
@@ -155,7 +158,7 @@ SD3_DIFFUSERS = Streams(
 
 
 def mmdit(names: Streams) -> Callable[[MMDiT], Rows]:
-    """Stable Diffusion 3's MM-DiT, and 3.5's with qk_norm, under these names."""
+    """Stable Diffusion 3's MM-DiT, and 3.5's with qk_norm and, if medium, dual, under these names."""
 
     def rows(net: MMDiT) -> Rows:
         swap = np.roll(np.arange(2 * net.width), net.width) if names.scale_first else None
@@ -169,14 +172,17 @@ def mmdit(names: Streams) -> Callable[[MMDiT], Rows]:
                 yield from layer(theirs, ours, order=swap if ours == "modulation" else None)
         for i in range(net.depth):
             last = i == net.depth - 1
-            path, index = ("last", None) if last else ("blocks", i)
+            dual = i < net.dual
+            path, index = ("last", None) if last else ("dual_blocks", i) if dual else ("blocks", i - net.dual)
             for stream, parts in (("image", names.image), ("text", names.text)):
                 dropped = last and stream == "text"
                 for ours, theirs in parts.items():
                     at = f"{path}/{stream}/{ours}"
+                    if ours.startswith("attention2") and not dual:
+                        continue
                     if isinstance(theirs, tuple):
                         yield from joined([name.format(i) for name in theirs], at, index=index)
-                    elif ours.startswith("attention/norm"):
+                    elif "/norm_" in ours:
                         if net.qk_norm:
                             yield one(f"{theirs.format(i)}.weight", f"{at}/scale", index=index)
                     elif not dropped or ours in ("attention/qkv", "modulation"):

@@ -1,8 +1,8 @@
 """Public PyTorch modules of small sizes, the nets of ours that are the same functions, and inputs for both.
 
 Those of diffusers come from its package. Official repositories are imported from the user's own clones: folders named
-DiT, SiT, U-ViT, edm, guided-diffusion, score_sde_pytorch, latent-diffusion and sd3-ref under $JDIFF_OFFICIAL. Needs the
-extra `parity`.
+DiT, SiT, U-ViT, edm, guided-diffusion, score_sde_pytorch, latent-diffusion, sd3-ref and sd3.5 under $JDIFF_OFFICIAL.
+Needs the extra `parity`.
 
     python tests/parity/official.py       writes tests/golden/nets.npz, what the ordinary tests compare with
 """
@@ -98,15 +98,13 @@ def uvit(file: str, **options: Any) -> Callable[[], Any]:
     return build
 
 
-def sd3(**options: Any) -> Callable[[], Any]:
+def sd3(folder: str = "sd3-ref", name: str = "mmdit", use: str = "MMDiT", width: int = 128, **options: Any) -> Any:
     def build() -> Any:
-        with clone("sd3-ref", "mmdit", "other_impls"):
-            text = {"target": "torch.nn.Linear", "params": {"in_features": 6, "out_features": 128}}
-            make = importlib.import_module("mmdit").MMDiT
-            return make(
-                input_size=None, depth=2, in_channels=3, adm_in_channels=4, context_embedder_config=text,
-                pos_embed_max_size=7, num_patches=49, **options,
-            )  # fmt: skip
+        text = {"target": "torch.nn.Linear", "params": {"in_features": 6, "out_features": width}}
+        return module(
+            folder, name, f"{name} other_impls", use=use, input_size=None, depth=width // 64, in_channels=3,
+            adm_in_channels=4, context_embedder_config=text, pos_embed_max_size=7, num_patches=49, **options,
+        )  # fmt: skip
 
     return build
 
@@ -236,6 +234,7 @@ WIDE = {"width": 128, "multipliers": (1, 1), "blocks": 1, "attention_at": (4,), 
 LATENT = {"width": 128, "multipliers": (1, 1), "blocks": 1, "latent_channels": 2}
 TEXT = {**WIDE, "attention_at": (8,), "style": "ldm", "context": 6}
 SCORE = {**WIDE, "heads": None, "head_width": None}
+DUAL = {"qk_norm": True, "dual": 2}
 TOLD = {"context": 6, "pooled": 4}
 VQ = {**LATENT, "codes": 9}
 SKIP = {"fir": True, "progressive": "output_skip", "progressive_input": "input_skip", "embedding_type": "fourier"}
@@ -257,6 +256,15 @@ CASES = {
         ("MMDiT", 3, {"patch": 2, "width": 128, "depth": 2, "heads": 2, "positions_table": 7, **TOLD, **TIME}),
         text=6, pooled=4,
     ),
+    "SD3.5 (medium)": Case(
+        "sd3", sd3("sd3.5", "mmditx", "MMDiTX", 192, qk_norm="rms", x_block_self_attn_layers=[0]),
+        lambda m, x, t, y: m(x, t, y[1], y[0]),
+        (
+            "MMDiT", 3,
+            {"patch": 2, "width": 192, "depth": 3, "heads": 3, "positions_table": 7, **DUAL, "dual": 1, **TOLD, **TIME},
+        ),
+        text=6, pooled=4,
+    ),
     "SD3 (diffusers)": Case(
         "diffusers-sd3",
         diffusers(
@@ -268,6 +276,20 @@ CASES = {
         (
             "MMDiT", 3,
             {"patch": 2, "width": 32, "depth": 3, "heads": 4, "positions_table": 7, "qk_norm": True, **TOLD, **TIME},
+        ),
+        text=6, pooled=4,
+    ),
+    "SD3.5 (medium, diffusers)": Case(
+        "diffusers-sd3",
+        diffusers(
+            "SD3Transformer2DModel", sample_size=SIZE, in_channels=3, out_channels=3, num_layers=4,
+            attention_head_dim=8, num_attention_heads=4, joint_attention_dim=6, caption_projection_dim=32,
+            pooled_projection_dim=4, pos_embed_max_size=7, qk_norm="rms_norm", dual_attention_layers=(0, 1),
+        ),
+        lambda m, x, t, y: m(x, encoder_hidden_states=y[0], pooled_projections=y[1], timestep=t).sample,
+        (
+            "MMDiT", 3,
+            {"patch": 2, "width": 32, "depth": 4, "heads": 4, "positions_table": 7, **DUAL, **TOLD, **TIME},
         ),
         text=6, pooled=4,
     ),
@@ -425,11 +447,12 @@ def coder_of(double: bool, channels: int, multipliers: tuple[int, ...], codes: i
     return build
 
 
-def sd3_medium() -> Any:
+def sd3_medium(side: int, *where: str, **options: Any) -> Callable[[], Any]:
+    folder, name, use = where
     text = {"target": "torch.nn.Linear", "params": {"in_features": 4096, "out_features": 1536}}
-    return module(
-        "sd3-ref", "mmdit", "mmdit other_impls", use="MMDiT", input_size=None, depth=24, in_channels=16,
-        adm_in_channels=2048, context_embedder_config=text, pos_embed_max_size=192, num_patches=192 * 192,
+    return lambda: module(
+        folder, name, f"{name} other_impls", use=use, input_size=None, depth=24, in_channels=16, adm_in_channels=2048,
+        context_embedder_config=text, pos_embed_max_size=side, num_patches=side * side, **options,
     )  # fmt: skip
 
 
@@ -454,7 +477,19 @@ PUBLISHED: dict[str, tuple[Any, ...]] = {  # preset (which): layout, size, chann
     "UViT-M/2": uvit_of("M", 768, 16, 12),
     "UViT-L/2": uvit_of("L", 1024, 20, 16),
     "UViT-H/2": uvit_of("H", 1152, 28, 16),
-    "MMDiT-SD3": ("sd3", 128, 16, {}, sd3_medium),
+    "MMDiT-SD3": ("sd3", 128, 16, {}, sd3_medium(192, "sd3-ref", "mmdit", "MMDiT")),
+    "MMDiT-SD3.5-medium": (
+        "sd3", 128, 16, {},
+        sd3_medium(384, "sd3.5", "mmditx", "MMDiTX", qk_norm="rms", x_block_self_attn_layers=[*range(13)]),
+    ),
+    "MMDiT-SD3.5-medium (diffusers)": (
+        "diffusers-sd3", 128, 16, {},
+        diffusers(
+            "SD3Transformer2DModel", sample_size=128, in_channels=16, out_channels=16, num_layers=24,
+            attention_head_dim=64, num_attention_heads=24, joint_attention_dim=4096, caption_projection_dim=1536,
+            pooled_projection_dim=2048, pos_embed_max_size=384, qk_norm="rms_norm", dual_attention_layers=range(13),
+        ),
+    ),
     "UNet-DDPM++": ("edm", 32, 3, _TEN, edm_of("SongUNet", 32, 10, **_SONG, augment_dim=9)),
     "UNet-NCSN++": (
         "edm", 32, 3, _TEN, edm_of("SongUNet", 32, 10, **_SONG, **_NCSN, encoder_type="residual", augment_dim=9),
