@@ -4,7 +4,7 @@
 set -euo pipefail
 : "${FILESTORE:?the address of a Filestore instance with a share /share: all hosts write checkpoints there}"
 name=${NAME:-dit} zone=${ZONE:-us-west4-a} kind=${KIND:-v5litepod-256} version=${VERSION:-v2-alpha-tpuv5-lite}
-topology=${TOPOLOGY:-v5e:16x16} mesh=${MESH:-data=2,fsdp=128} batch=${BATCH:-2048}
+topology=${TOPOLOGY:-v5e:16x16} mesh=${MESH:-data=16,fsdp=16} batch=${BATCH:-2048}
 tpu() { gcloud compute tpus tpu-vm "$1" "$name" --zone "$zone" "${@:2}"; }
 
 python -m jdiff.experiments.train_dit_imagenet --plan "$topology" --mesh "$mesh" --batch "$batch"

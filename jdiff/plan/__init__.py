@@ -1,6 +1,6 @@
 """Planning a run on hardware that is not there: the very step, compiled ahead of time for a topology.
 
-plan = jdiff.plan.plan(PlanConfig(net="DiT-XL/2", topology="v5e:16x16", mesh="data=4,fsdp=64", batch=2048))
+plan = jdiff.plan.plan(PlanConfig(net="DiT-XL/2", topology="v5e:16x16", mesh="data=16,fsdp=16", batch=2048))
 print(jdiff.plan.report(plan))
 """
 

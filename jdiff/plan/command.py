@@ -36,7 +36,7 @@ class PlanOptions(PlanConfig):
     """Compile a training step, or sampling, for devices that are not there, and say what it needs and costs: memory
     against what a chip has, FLOPs, collectives, a model of the step time.
 
-      jdiff plan --net DiT-XL/2 --topology v5e:16x16 --mesh data=4,fsdp=64 --batch 2048
+      jdiff plan --net DiT-XL/2 --topology v5e:16x16 --mesh data=16,fsdp=16 --batch 2048
       jdiff plan --net DiT-XL/2 --topology v5e:4x4 --mesh fsdp=16 --batch 256 --remat full --sweep
       jdiff plan --net DiT-XL/2 --topology v6e:4x4 --batch 128 --sample 50
       jdiff plan --net DiT-S/2 --topology cpu:8 --mesh data=2,fsdp=4 --batch 64

@@ -108,6 +108,7 @@ def _sampling(config: PlanConfig, program: Any, mesh: Any) -> Built:
     solver, process = solvers.parse(config.solver), program.call.process
     table = solver(process, times.logsnr(process, solver.steps(config.sample)))
     everywhere, params = meshes.everywhere(mesh), program.state.params
+
     def run(params: PyTree, x: Any, y: Any, key: Any) -> Any:
         model = jdiff.denoiser(program.call, process, "x0", params=params, cond=y)
         return jdiff.sample(model, table, x, key)
