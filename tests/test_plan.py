@@ -211,10 +211,10 @@ def test_nets_that_are_told_a_text_are_planned():
     text = {"patch": 4, "width": 64, "depth": 3, "heads": 2, "context": 12, "pooled": 8}
     config = dataclasses.replace(TINY, net="MMDiT", net_options=text, text=5)
     macs = nets.macs(nnx.eval_shape(lambda: nets.build("MMDiT", 8, 2, **text, rngs=nnx.Rngs(0))), text=5)
-    counts = program.build(config, jax.devices()).count()
+    counts = program.build(config, jax.devices()).counted()
     assert counts.useful == 6 * 16 * macs and abs(counts.flops / counts.useful - 1) < 0.1
     sampled = program.build(dataclasses.replace(config, sample=2, solver="ddim"), jax.devices())
-    assert 0.9 < sampled.count().flops / sampled.count().useful < 1
+    assert 0.9 < sampled.counted().flops / sampled.counted().useful < 1
 
 
 @pytest.fixture(scope="module")
@@ -303,14 +303,14 @@ def test_gradients_are_scattered(topology, axes):
 
 def test_rematerialisation_costs_flops_and_keeps_less(planned):
     build = lambda c: program.build(c, jax.devices())
-    again = build(dataclasses.replace(TINY, remat="full")).count()
+    again = build(dataclasses.replace(TINY, remat="full")).counted()
     assert again.kept < 0.6 * planned.kept and again.flops / 8 > 1.2 * planned.flops
     assert again.useful / 8 == planned.useful
 
 
 def test_sampling_is_planned_too():
     built = program.build(dataclasses.replace(TINY, sample=6, solver="ddim"), jax.devices())
-    counts = built.count()
+    counts = built.counted()
     assert counts.useful == 2 * 6 * 16 * nets.macs(_net(8, 2, **TINY.net_options))
     assert 0.96 < counts.flops / counts.useful < 1  # a time is embedded once for all images
     assert set(built.parts) == {"parameters"}

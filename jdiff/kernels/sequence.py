@@ -58,9 +58,9 @@ def ring(
                 f"ring attention has no {implementation!r}, whose gradient does not take the log-sum-exp of all keys; "
                 f"one of {', '.join(PATHS)}"
             )
-        local = [(b, n // sizes[AXIS], h, d) for b, n, h, d in (q.shape, k.shape)]
+        q_here, k_here = ((b, n // sizes[AXIS], h, d) for b, n, h, d in (q.shape, k.shape))
         home = dispatch.HOMES.get(implementation, "cpu")
-        dispatch.choice(*local, q.dtype, platform=home, implementation=implementation)  # or it says why not
+        dispatch.choice(q_here, k_here, q.dtype, platform=home, implementation=implementation)  # or it says why not
     how = How(1 / math.sqrt(q.shape[-1]) if scale is None else scale, implementation)
     fn = functools.partial(_ring, how)
     specs = (spec, spec, spec, None if segment_ids is None else (ids, ids))

@@ -75,7 +75,7 @@ def plan(config: PlanConfig) -> Plan:
         over, capacity = _out_of_memory(str(error))
         if not over:
             raise
-        memory, counts = dict(built.parts), built.count()
+        memory, counts = dict(built.parts), built.counted()
         seconds = time.perf_counter() - start
         return Plan(
             config, n, False, over, capacity, memory, counts.kept, counts.flops / n, counts.useful / n, (), {}, seconds
@@ -88,7 +88,7 @@ def read(config: PlanConfig, built: Built, text: str, sizes: Any, seconds: float
 
     seconds: 0 for a program that was compiled for an earlier plan.
     """
-    topology, n, counts = chips.parse(config.topology), built.mesh.size, built.count()
+    topology, n, counts = chips.parse(config.topology), built.mesh.size, built.counted()
     moved = hlo.Program(text).moved(dict(built.mesh.shape))
     memory = built.parts | {
         "batch and padding": sizes.argument_size_in_bytes - sum(built.parts.values()),

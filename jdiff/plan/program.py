@@ -49,13 +49,13 @@ class Counts(NamedTuple):
 class Built(NamedTuple):
     """traced: to be lowered and compiled. parts: {what: bytes on one device} of arguments.
 
-    count: what a plan tells beside the program, and a run has no use for; it takes a trace of its own.
+    counted: what a plan tells beside the program, and a run has no use for; it takes a trace of its own.
     """
 
     traced: Any
     mesh: Any
     parts: dict[str, float]
-    count: Callable[[], Counts]
+    counted: Callable[[], Counts]
 
 
 def build(config: PlanConfig, devices: list[Any]) -> Built:
@@ -127,7 +127,7 @@ def _told(config: PlanConfig, program: Any) -> Any:
     """What the net is told, as shapes: labels, a text, or None."""
     from jdiff import nets
 
-    given = lambda *shape, kind=jnp.float32: _struct((config.batch, *shape), kind, program.batch)
+    given: Any = lambda *shape, kind=jnp.float32: _struct((config.batch, *shape), kind, program.batch)
     if context := getattr(program.net, "context", None):
         pooled = getattr(program.net, "pooled", None)
         tokens = given(getattr(program.net, "context_length", config.text), context)
