@@ -59,7 +59,7 @@ TABLE = table(
         "DDPM": Run("ddpm", Digits(), "uniform"),
         **{row: Run(name.lower(), Digits(wrap=wrap), "uniform") for row, (name, wrap) in SCALES.items()},
     },
-    nfe=(5, 10),
+    nfe=(5, 10, 20, 50),
     metric="Fréchet distance",
     claims=(
         Claim(
@@ -79,7 +79,7 @@ TABLE = table(
                 at_most=0.95,
             )
             for name in ("DDIM", "DDPM")
-            for nfe in (5, 10)
+            for nfe in (5, 10, 20, 50)
         ),
         *(
             Claim(

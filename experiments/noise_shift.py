@@ -27,7 +27,7 @@ from jdiff.reproduce import Table
 SIZES = {"digits at 4 x 4": 4, "digits at 8 x 8": 8}
 EXACT = {f"Gaussian, std {c:g}": c for c in (0.5, 2.0)}
 NFE, MAPPED = (5, 10, 20), ", NoiseShift"
-SAMPLED = 5  # NFE of the digits; the Gaussians are sampled at all
+CLAIMED = 5  # NFE of the claims on digits
 ROWS = tuple(f"{case}{mapped}" for case in (*SIZES, *EXACT) for mapped in ("", MAPPED))
 FLOW, STEADY = process.flow(), solvers.dpm_solver_pp()
 
@@ -108,8 +108,6 @@ def made(settings: Settings, name: str) -> list[Case]:
 def cell(settings: Settings, row: str, nfe: int) -> dict[str, Any]:
     """One row's error at one NFE: mean and standard error over the models."""
     name, found = row.removesuffix(MAPPED), []
-    if name in SIZES and nfe != SAMPLED:
-        return {"error": None, "error se": None, "asked at t = 0.5": None}
     cases = made(settings, name)
     for case in cases:
         p = case.denoiser.process
@@ -124,11 +122,12 @@ def cell(settings: Settings, row: str, nfe: int) -> dict[str, Any]:
 def finish(context: Any, cells: Mapping[tuple[str, Any], reproduce.Cell], out: Path) -> Sequence[str]:
     """The claims, from the cells."""
     ratio = lambda name, nfe: cells[name + MAPPED, nfe]["error"] / cells[name, nfe]["error"]
-    change = lambda name: 100.0 * (ratio(name, SAMPLED) - 1.0)
+    change = lambda name, nfe=CLAIMED: 100.0 * (ratio(name, nfe) - 1.0)
+    more = lambda name: ", ".join(f"{change(name, nfe):+.1f} % at {nfe}" for nfe in NFE if nfe != CLAIMED)
     verdict = lambda holds: "holds" if holds else "DOES NOT HOLD"
     small, same = (change(name) for name in SIZES)
     lines = [
-        "Digits, at 5 evaluations alone: Fréchet distance of 500 samples of each of three models (mean ± standard "
+        "Digits: Fréchet distance of 500 samples of each of three models (mean ± standard "
         "error), of images with their pixels repeated to 8 x 8. Gaussians: relative error of the variance of 800,000 "
         "numbers, without the map near |1 / c^2 - 1| in closed form.",
         "",
@@ -136,8 +135,10 @@ def finish(context: Any, cells: Mapping[tuple[str, Any], reproduce.Cell], out: P
         "",
         "## Claims",
         "",
-        f"- At 4 x 4 the distance changes by {small:+.1f} %, expected at most -5 %: {verdict(small <= -5)}.",
-        f"- At 8 x 8, the size of training, by {same:+.1f} %, expected within 1 %: {verdict(abs(same) <= 1)}.",
+        f"- At 4 x 4 the distance changes by {small:+.1f} % at NFE {CLAIMED}, expected at most -5 %: "
+        f"{verdict(small <= -5)} ({more('digits at 4 x 4')}).",
+        f"- At 8 x 8, the size of training, by {same:+.1f} % at NFE {CLAIMED}, expected within 1 %: "
+        f"{verdict(abs(same) <= 1)} ({more('digits at 8 x 8')}).",
     ]
     for name in EXACT:
         last = ratio(name, NFE[-1])
@@ -145,7 +146,7 @@ def finish(context: Any, cells: Mapping[tuple[str, Any], reproduce.Cell], out: P
             f"- {name}: at NFE {NFE[-1]} the error is {last:.2g} of the plain one, expected at most 0.1 (what is left "
             f"is the solver's own): {verdict(last <= 0.1)}."
         )
-    shifts = ", ".join(f"{name}: {cells[name, SAMPLED]['asked at t = 0.5']:.3f}" for name in SIZES)
+    shifts = ", ".join(f"{name}: {cells[name, CLAIMED]['asked at t = 0.5']:.3f}" for name in SIZES)
     return [*lines, "", f"At t = 0.5 the networks are asked at (mean over models) {shifts}."]
 
 

@@ -30,10 +30,9 @@ from jdiff.tableau import Tableau
 from jdiff.trace import Solver
 
 CANDIDATES = (
-    "dpm_solver_pp(order=2)", "dpm_solver_pp(order=2, form='heun')", "dpm_solver_pp(order=3, as_published=True)",
-    "deis(order=3)", "deis(order=2, variable='lam')",
-    "deis(order=3, variable='lam')", "unipc(order=2)", "unipc(order=3)", "unipc(order=3, lower_order_final=False)",
-    "unipc(order=3, prediction='eps')",
+    "dpm_solver_pp(order=2)", "deis(order=3)", "deis(order=3, variable='lam')", "unipc(order=2)", "unipc(order=3)",
+    "unipc(order=3, lower_order_final=False)", "unipc(order=3, prediction='eps')", "unipc(order=4)",
+    "unipc(order=4, prediction='eps')", "ghvb(order=3)", "ghvb",
 )  # fmt: skip
 V3 = {f"dpm_solver_v3(order={order})": order for order in (2, 3)}  # tried with statistics of the model
 ROWS, REGISTERS = 2048, 6  # tables are filled up to these: one compiled program for all
