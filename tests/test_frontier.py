@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
-from jdiff import exact
-from jdiff.experiments import _models, _peers, solver_law
+from jdiff import exact, solvers, times
+from jdiff.experiments import _models, _peers, solver_frontier, solver_law
 
 
 def test_the_survey_has_a_number_for_every_cell():
@@ -49,3 +49,35 @@ def test_projected_quantiles_and_the_distance_to_them():
     assert (q[:100] < -4.9).all() and (q[100:] > 4.9).all()
     shifted = np.stack([q[:, 0] + 0.3, np.zeros(n)], 1)[np.random.default_rng(0).permutation(n)]
     assert solver_law.distance(shifted, u[:, :1], q) == pytest.approx(0.3)
+
+
+def test_targets_say_where_they_hold():
+    cell = {"peer rms": 0.1, "peer median": 0.02, "standard rms": 0.1, "standard median": 0.01, "fit rms": None}
+    cell |= {"auto rms": 0.12, "auto median": 0.022, "same rms on more": 0.2, "same median on more": 0.02}
+    cell |= {f"{kind} {w} on more": 0.02 for kind in ("standard", "auto") for w in solver_frontier.WHICH}
+    found = solver_frontier._targets({("gmm2 vp", 5): cell}, "peer", "", lambda value: 0.0)
+    assert len(found) == 4 and "DOES NOT HOLD in 1 of them: gmm2 vp 5 (1.20)" in found[1]
+    assert all(line.endswith("holds.") for line in (found[0], *found[2:]))
+    found = solver_frontier._targets({("gmm2 vp", 5): cell}, "peer", "", lambda value: 0.01)  # half a unit of 0.1
+    assert found[1].endswith("holds.")
+    fitted = cell | {"fit rms": 0.01, "fit rms on more": 0.11, "fit median on more": 0.004}
+    found = solver_frontier._targets({("gmm2 vp", 5): fitted}, "same", " on more", lambda value: 0.0)
+    assert len(found) == 6 and "(0.55)" in found[2] and all(found[i].endswith("holds.") for i in (0, 1, 3, 4, 5))
+
+
+def test_more_trajectories_are_scored_by_kind():
+    model, p = _models.survey("gauss8"), _models.STARTS["edm"]
+    x = _models.noise(model, p, 11, 64)
+    case = solver_frontier.Case(model, model.denoiser(p), x, _models.flow(model, p, x))
+    made = {(s, "karras"): solvers.parse(s)(p, times.karras(p, 8)) for s in ("euler", "unipc(order=2)")}
+    peers = {"a peer": solvers.ddim()(p, times.karras(p, 8))}
+    found = solver_frontier._on_more(
+        case, {"same": peers, "standard": made, "auto": {"chosen": made["euler", "karras"]}}
+    )
+    assert found["standard rms on more by"] == "unipc(order=2) on karras" and found["auto rms on more by"] == "chosen"
+    errors = _models.errors(case.denoiser, made["unipc(order=2)", "karras"], x, case.target)
+    assert found["standard rms on more"] == pytest.approx(errors["rms"], rel=1e-5)
+    assert found["standard median on more"] == pytest.approx(errors["median"], rel=1e-5)
+    assert found["same rms on more"] == pytest.approx(found["auto rms on more"], rel=1e-5)  # DDIM is Euler in sigma
+    with pytest.raises(ValueError, match=r"--more is -1; expected 0 or more"):
+        solver_frontier.prepare(solver_frontier.Settings(more=-1))
