@@ -78,7 +78,7 @@ def ghvb(order: int = 4, beta: float = 0.8) -> Solver:
 
         return _multistep(g, x, model, update)
 
-    when = "strong guidance makes multistep solvers diverge at 10 to 20 steps; lower beta damps more"
+    when = "8 to 15 evaluations at order 3; strong guidance where others diverge (lower beta damps more)"
     return Solver("ghvb", sampler, order, (f"{REFERENCE} (GHVB)",), prediction="eps", when=when)
 
 

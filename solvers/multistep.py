@@ -75,7 +75,7 @@ def unipc(
         order,
         ("Zhao et al. 2023 (UniPC), arXiv 2302.04867, algorithms 1 and 2",),
         prediction=prediction,
-        when="5 to 10 evaluations, guided or not; the usual choice where every evaluation counts",
+        when="5 to 10 evaluations, guided or not; order=4, prediction='eps' from 20 on",
     )
 
 
