@@ -9,7 +9,7 @@ from flax import nnx
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, PyTree
 
-from jdiff.mesh import BATCH, columns_split, constrain, rows_split
+from jdiff.mesh import BATCH, constrain
 
 from .conditioning import Conditioning, Text
 from .layers import (
@@ -52,8 +52,8 @@ class Stream(nnx.Module):
             del self.attention.out
         self.attention2 = SelfAttention(width, heads, attention=attention, qk_norm=qk_norm, **options) if dual else None
         options["kernel_init"] = xavier
-        self.mlp_in = None if last else Linear(width, hidden, dot_general=rows_split, **options)
-        self.mlp_out = None if last else Linear(hidden, width, dot_general=columns_split, **options)
+        self.mlp_in = None if last else Linear(width, hidden, **options)
+        self.mlp_out = None if last else Linear(hidden, width, **options)
 
     def heads_of(self, x: Float[Array, "b n d"], c: Float[Array, "b 1 d"]) -> tuple[tuple[Array, ...], list[Array]]:
         """Queries, keys and values of the stream, and what is left of its modulation."""

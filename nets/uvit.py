@@ -8,7 +8,7 @@ from flax import nnx
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, PyTree
 
-from jdiff.mesh import BATCH, columns_split, constrain, rows_split
+from jdiff.mesh import BATCH, constrain
 
 from .conditioning import Text, rows_of, sinusoids
 from .layers import Attention, Conv, LayerNorm, Linear, SelfAttention, rematerialise, xavier
@@ -40,8 +40,8 @@ class Block(nnx.Module):
         self.norm_attention = LayerNorm(width, param_dtype)
         self.attention = SelfAttention(width, heads, attention=attention, bias=False, **options)
         self.norm_mlp = LayerNorm(width, param_dtype)
-        self.mlp_in = Linear(width, hidden, kernel_init=xavier, dot_general=rows_split, **options)
-        self.mlp_out = Linear(hidden, width, kernel_init=xavier, dot_general=columns_split, **options)
+        self.mlp_in = Linear(width, hidden, kernel_init=xavier, **options)
+        self.mlp_out = Linear(hidden, width, kernel_init=xavier, **options)
 
     def __call__(
         self, x: Float[Array, "b n d"], skip: Float[Array, "b n d"] | None = None, perturb: Array | None = None
