@@ -156,9 +156,10 @@ def cell(context: Context, row: str, nfe: int) -> dict[str, Any]:
         found |= values
     if s.more:
         best = {k for w in WHICH for k in sorted(ours, key=lambda key: ours[key][w])[:AGAIN]}
-        kinds = {"same": peers, "standard": {k: (made | peers)[k] for k in best}, "auto": {found["auto rms by"]: table}}
-        kinds |= {} if fitted is None else {"fit": {found["fit rms by"]: fitted}}
-        found |= _on_more(context.case(row, seed=s.seed + 3000, n=s.more * _models.TRAJECTORIES[name]), kinds)
+        again = {"same": peers, "standard": {k: T for k, T in made.items() if k in best}}
+        again |= {"auto": {found["auto rms by"]: table}}
+        again |= {} if fitted is None else {"fit": {found["fit rms by"]: fitted}}
+        found |= _on_more(context.case(row, seed=s.seed + 3000, n=s.more * _models.TRAJECTORIES[name]), again)
     beat = found["peer rms"] if context.published else found["same rms"]
     return found | {TITLE: found["auto rms"] / beat}
 

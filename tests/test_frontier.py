@@ -79,5 +79,8 @@ def test_more_trajectories_are_scored_by_kind():
     assert found["standard rms on more"] == pytest.approx(errors["rms"], rel=1e-5)
     assert found["standard median on more"] == pytest.approx(errors["median"], rel=1e-5)
     assert found["same rms on more"] == pytest.approx(found["auto rms on more"], rel=1e-5)  # DDIM is Euler in sigma
+    swapped = {"a peer": made["unipc(order=2)", "karras"]}  # a peer's set-up is one of our standard ones too
+    found = solver_frontier._on_more(case, {"same": swapped, "standard": {("ddim", "karras"): peers["a peer"]}})
+    assert found["standard rms on more by"] == found["same rms on more by"] == "a peer"
     with pytest.raises(ValueError, match=r"--more is -1; expected 0 or more"):
         solver_frontier.prepare(solver_frontier.Settings(more=-1))

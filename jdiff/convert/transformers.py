@@ -113,8 +113,8 @@ class Streams(NamedTuple):
 
 _OURS = (
     "attention/qkv", "attention/out", "mlp_in", "mlp_out", "modulation", "attention/norm_q", "attention/norm_k",
-    "attention2/qkv", "attention2/out", "attention2/norm_q", "attention2/norm_k",
 )  # fmt: skip
+_OWN = ("attention2/qkv", "attention2/out", "attention2/norm_q", "attention2/norm_k")
 _AROUND = (
     "patches", "conditioning/time_in", "conditioning/time_out", "pooled_in", "pooled_out", "text_in", "out",
     "modulation", "table",
@@ -124,7 +124,8 @@ _AROUND = (
 def _parts(block: str, *names: str | tuple[str, ...]) -> dict[str, str | tuple[str, ...]]:
     full = lambda name: f"{block}.{name}"
     each = [full(n) if isinstance(n, str) else tuple(map(full, n)) for n in names]
-    return dict(zip(_OURS, each, strict=False))
+    ours = _OURS if len(each) == len(_OURS) else _OURS + _OWN  # the image's second attention
+    return dict(zip(ours, each, strict=True))
 
 
 _JOINT = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "adaLN_modulation.1", "attn.ln_q", "attn.ln_k")
