@@ -33,6 +33,9 @@ CASES = {
     "block-sparse": (512, 640, 72, jnp.bfloat16, masks.block_sparse(512, 640, 64, [(0, 1), (3, 9), (7, 0)]), False),
     "float16, odd, bias, segments": (200, 77, 64, jnp.float16, None, True),
     "everything at once": (1024, 1024, 128, jnp.bfloat16, masks.window((32, 32), 12.0), True),
+    "float32, 256 tokens": (256, 256, 72, jnp.float32, None, False),
+    "float32, odd, bias, segments": (200, 77, 64, jnp.float32, None, True),
+    "float32, everything at once": (1024, 1024, 128, jnp.float32, masks.window((32, 32), 12.0), True),
 }
 # What the compiler has to know of the GPU; NVIDIA's numbers.
 H200 = """
@@ -74,6 +77,7 @@ def found(folder):
             kernel["target"] = re.search(r"\.target (\w+)", text)[1]
             kernel["wgmma"] = text.count("wgmma.mma_async")
         if file.suffix == ".ptxas":
+            print(text, file=sys.stderr)
             kernel["spilled"] = int(re.search(r"stack frame, (\d+) bytes spill stores", text)[1])
         if file.name.endswith(".resources.txt"):
             kernel["shared memory"] = int(re.search(r"smem_scratch_bytes=(\d+)", text)[1])
@@ -86,6 +90,8 @@ def main():
     jax.config.update("jax_enable_compilation_cache", False)
     cases = {case: functools.partial(program, *what, attention=attention) for case, what in CASES.items()}
     cases["heads over a mesh"] = functools.partial(on_mesh, attention, "data=2,tensor=2")
+    ring = functools.partial(kernels.ring, implementation="mosaic_gpu")
+    cases["ring of four"] = functools.partial(on_mesh, ring, "sequence=4")
     with tempfile.TemporaryDirectory() as folder:
         os.environ["MOSAIC_GPU_DUMP_TO"] = folder
         target = {"topology_name": "h200", "target_config": H200, "topology": "1x1x4"}
@@ -93,7 +99,9 @@ def main():
         for case in sys.argv[1:] or cases:
             start, line = time.process_time(), {"case": case}
             try:
-                line["kernels"] = cases[case](devices).compile().as_text().count('custom_call_target="mosaic_gpu')
+                text = cases[case](devices).compile().as_text()
+                line["kernels"] = text.count('custom_call_target="mosaic_gpu')
+                line["permutes"] = len(re.findall(r" collective-permute(?:-start)?\(", text))
                 line["each"] = found(Path(folder))
             except Exception as error:
                 line["error"] = f"{type(error).__name__}: {error}"[:2000]

@@ -94,8 +94,8 @@ def _refusal(
         if not _has_cudnn():
             return "cuDNN is not in this process"
     if path == "mosaic_gpu":
-        if kind not in (jnp.float16, jnp.bfloat16):
-            return f"dtype {kind} has no kernel for Hopper (float16 and bfloat16 have; XLA's attention takes {kind})"
+        if kind not in (jnp.float16, jnp.bfloat16, jnp.float32):
+            return f"dtype {kind} has no kernel for Hopper (float16, bfloat16 and float32 have)"
         if d > 128:
             return f"head dimension {d} has no kernel for Hopper (1 to 128 have)"
         return _lacks_hopper()

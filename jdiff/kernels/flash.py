@@ -32,10 +32,13 @@ def whole(n: int, block: int) -> int:
     return -(-n // block) * block
 
 
-def cost(kernel: Callable[..., Any], pairs: int, d: int, inputs: dict[str, Array]) -> pl.CostEstimate:
-    """pairs: (query, key) pairs in the blocks that are visited, of all samples and heads."""
+def cost(
+    kernel: Callable[..., Any], pairs: int, d: int, inputs: dict[str, Array], products: int = 1
+) -> pl.CostEstimate:
+    """pairs: (query, key) pairs in the blocks that are visited, of all samples and heads. products: that one is made
+    of."""
     return pl.CostEstimate(
-        flops=2 * PRODUCTS[kernel.__name__] * pairs * d,
+        flops=2 * products * PRODUCTS[kernel.__name__] * pairs * d,
         transcendentals=pairs,
         bytes_accessed=sum(a.size * a.dtype.itemsize for a in inputs.values()),
     )

@@ -16,7 +16,8 @@ from .masks import Mask
 from .reference import Segments
 
 KEYS = (128, 64)  # of a block of the forward pass and of dq's: the second where a mask lets more of them be skipped
-BLOCK_DKV = (64, mosaic_gpu.OWNED)  # fewer are met: two sums, of dk and of dv, are in registers besides the scores
+KEYS_FLOAT32 = {64: 64, 128: 32}  # by head dimension: the terms of more do not fit shared memory
+MET_DKV = 64  # queries that dk and dv meet, at most: two sums are in registers besides the scores
 HEAD = 64  # what the head dimension is padded to a multiple of: a row of 128 bytes of shared memory
 
 
@@ -32,10 +33,10 @@ def attention(
     keys: int | None = None,
     interpret: Any = False,
 ) -> Float[Array, "b n h d"]:
-    """`reference.attention` on a Hopper GPU, of bfloat16 or float16 and a head dimension of at most 128.
+    """`reference.attention` on a Hopper GPU, of bfloat16, float16 or float32 and a head dimension of at most 128.
 
-    keys: of a block, one of KEYS; default by `keys_of_a_block`. interpret: a `plgpu.InterpretGPUParams` runs the
-    kernel's Python on a CPU.
+    keys: of a block of 16-bit numbers, one of KEYS; default by `keys_of_a_block`. interpret: a
+    `plgpu.InterpretGPUParams` runs the kernel's Python on a CPU.
     """
     options = make_options(q, k, mask, scale, keys, interpret)
     return flash.attention(forward, backward, options, q, k, v, bias, segment_ids)
@@ -46,6 +47,8 @@ def make_options(
 ) -> Options:
     mask = masks.full(q.shape[1], k.shape[1]) if mask is None else mask
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    if q.dtype == jnp.float32:
+        keys = KEYS_FLOAT32[whole(q.shape[-1], HEAD)]
     return Options(mask, scale, (mosaic_gpu.OWNED, keys or keys_of_a_block(mask)), interpret)
 
 
@@ -55,10 +58,15 @@ def keys_of_a_block(mask: Mask) -> int:
     return KEYS[0] if mask.whole else min(KEYS, key=lambda keys: blocks(keys) * (keys + 32))
 
 
+def _terms(a: Array, n: int) -> Array:
+    """(terms, b, n, h, d), padded: a, or of float32 terms of bfloat16 that sum to it."""
+    a = pad(a, {1: n, 3: whole(a.shape[3], HEAD)})
+    return jnp.stack([*mosaic_gpu.split(a, mosaic_gpu.TERMS, jnp.bfloat16)]) if a.dtype == jnp.float32 else a[None]
+
+
 def _inputs(q: Array, k: Array, v: Array, bias: Array | None, segs: Any) -> dict[str, Array]:
     n, m = (whole(a.shape[1], mosaic_gpu.OWNED) for a in (q, k))
-    d = whole(q.shape[-1], HEAD)
-    inputs = {"q": pad(q, {1: n, 3: d}), "k": pad(k, {1: m, 3: d}), "v": pad(v, {1: m, 3: d})}
+    inputs = {"q": _terms(q, n), "k": _terms(k, m), "v": _terms(v, m)}
     if bias is not None:
         inputs["bias"] = pad(bias, {2: n, 3: m})
     if segs is not None:
@@ -89,13 +97,17 @@ def backward(
 ) -> tuple[Array, Array, Array]:
     """The gradients by q, k and v. lse as `forward` returns it; delta (b, h, n): sum of out dout."""
     inputs = _inputs(q, k, v, bias, segment_ids)
-    n, d, padded = q.shape[1], q.shape[3], inputs["q"].shape
-    inputs["dout"] = pad(dout, {1: padded[1], 3: padded[3]})
-    inputs["lse"] = pad(jnp.where(lse == -jnp.inf, jnp.inf, lse), {2: padded[1]})
-    inputs["delta"] = pad(delta.astype(jnp.float32), {2: padded[1]})
-    (dq,) = mosaic_gpu.call(mosaic_gpu.dq_kernel, options, "q", inputs, {"dq": q.dtype})
+    terms, _, n, _, d = inputs["q"].shape
+    inputs["dout"] = _terms(dout, n)
+    inputs["lse"] = pad(jnp.where(lse == -jnp.inf, jnp.inf, lse), {2: n})
+    inputs["delta"] = pad(delta.astype(jnp.float32), {2: n})
+    own, keys = options.block
+    if terms * d > 256:
+        own = mosaic_gpu.TILE  # a second warpgroup's own buffers do not fit shared memory
+    (dq,) = mosaic_gpu.call(mosaic_gpu.dq_kernel, options._replace(block=(own, keys)), "q", inputs, {"dq": q.dtype})
     if bias is not None:
         inputs["bias"] = inputs["bias"].swapaxes(2, 3)
-    outputs = {"dk": k.dtype, "dv": v.dtype}
-    dk, dv = mosaic_gpu.call(mosaic_gpu.dkv_kernel, options._replace(block=BLOCK_DKV), "k", inputs, outputs)
-    return dq[:, :n, :, :d], dk[:, : k.shape[1], :, :d], dv[:, : k.shape[1], :, :d]
+    options = options._replace(block=(min(keys, MET_DKV), own))
+    dk, dv = mosaic_gpu.call(mosaic_gpu.dkv_kernel, options, "k", inputs, {"dk": k.dtype, "dv": v.dtype})
+    cut = lambda a, like: a[:, : like.shape[1], :, : like.shape[3]]
+    return cut(dq, q), cut(dk, k), cut(dv, v)
