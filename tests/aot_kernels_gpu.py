@@ -3,8 +3,9 @@
     pip install 'jax>=0.12' jax-cuda13-plugin jax-cuda13-pjrt nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-nvrtc
     python tests/aot_kernels_gpu.py [CASE...]              Python 3.12 or newer; no GPU, CUDA driver or cuDNN
 
-One JSON line a case: seconds to lower and compile, kernels in the program, and of each what ptxas says: its target,
-matrix instructions, bytes of shared memory, bytes of registers that it stores to memory; or the compiler's error.
+One JSON line a case: seconds to lower and compile, kernels in the program, collective-permutes between GPUs, and of
+each kernel what ptxas says: its target, matrix instructions, bytes of shared memory, registers a thread, bytes of them
+that it stores to memory; or the compiler's error.
 """
 
 import functools
@@ -77,7 +78,7 @@ def found(folder):
             kernel["target"] = re.search(r"\.target (\w+)", text)[1]
             kernel["wgmma"] = text.count("wgmma.mma_async")
         if file.suffix == ".ptxas":
-            print(text, file=sys.stderr)
+            kernel["registers"] = int(re.search(r"Used (\d+) registers", text)[1])
             kernel["spilled"] = int(re.search(r"stack frame, (\d+) bytes spill stores", text)[1])
         if file.name.endswith(".resources.txt"):
             kernel["shared memory"] = int(re.search(r"smem_scratch_bytes=(\d+)", text)[1])

@@ -17,7 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from test_kernels import arrays, gradients, hollow
 
 from jdiff import kernels, mesh
-from jdiff.kernels import dispatch, formulas, gpu, grid, masks, reference, sequence, softmax
+from jdiff.kernels import dispatch, formulas, gpu, grid, masks, mosaic_gpu, reference, sequence, softmax
 
 PRIVATE = "jax._src.pallas.mosaic_gpu.interpret.params"  # JAX 0.10 has no public door
 Params = (
@@ -26,7 +26,7 @@ Params = (
     else importlib.import_module(PRIVATE).InterpretGPUParams
 )
 
-# name: (b, h, n, m, d), dtype, options. float32 is refused on a GPU, and shows here what bfloat16's rounding hides.
+# name: (b, h, n, m, d), dtype, options
 CASES = {
     "one": ((1, 1, 1, 1, 8), jnp.float32, {}),
     "rounds of the ring": ((1, 1, 130, 500, 64), jnp.float32, {"scale": 0.05}),
@@ -35,9 +35,10 @@ CASES = {
     "hollow": ((1, 1, 140, 200, 16), jnp.float32, {"mask": hollow(140, 200), "bias": (1, 1), "segments": True}),
     "block-causal": ((1, 1, 300, 300, 64), jnp.float32, {"mask": masks.block_causal(300, 90)}),
     "window 3-D, text": ((1, 1, 266, 266, 64), jnp.float32, {"mask": masks.window((4, 8, 8), 2.5, text=10)}),
+    "float32, 72": ((1, 1, 70, 20, 72), jnp.float32, {"segments": True}),
     "logits of 1e4": ((1, 1, 130, 130, 16), jnp.float32, {"size": 70.0}),
 }
-QUICK = ("one", "hollow")
+QUICK = ("one", "hollow", "float32, 72")
 
 
 def case(name):
@@ -58,6 +59,26 @@ def test_kernel_is_the_reference(name):
     for a, c in zip(got, want, strict=True):
         assert a.dtype == (jnp.float32 if a.shape[-1] != args[0].shape[-1] else args[0].dtype)
         np.testing.assert_allclose(a.astype(jnp.float64), c, atol=relative * max(1.0, float(np.abs(c).max())))
+
+
+@pytest.mark.parametrize("terms", [1, 2])
+def test_fewer_terms_are_not_float32(monkeypatch, terms):
+    """The bound above, of float32, is missed without the products of the smaller terms (2: BF16_BF16_F32_X3)."""
+    monkeypatch.setattr(mosaic_gpu, "TERMS", terms)
+    (q, k, v, _), _ = arrays(1, 1, 20, 30, 16)
+    want = reference.attention(*(a.astype(jnp.float64) for a in (q, k, v)))
+    error = float(jnp.abs(gpu.attention(q, k, v, interpret=Params()).astype(jnp.float64) - want).max())
+    assert error > {1: 1e-3, 2: 8e-6}[terms]
+
+
+def test_terms_sum_to_the_number():
+    """To its last bit, compiled in one program; the largest number too, which rounded to bfloat16 is inf."""
+    x = np.random.default_rng(0).normal(size=100).astype(np.float32) * np.float32(10.0) ** np.arange(-25, 25).repeat(2)
+    x = np.append(x, np.float32([0, 1, np.finfo(np.float32).max])).astype(np.float32)
+    terms = jax.jit(lambda x: list(mosaic_gpu.split(x, mosaic_gpu.TERMS, jnp.bfloat16)))(x)
+    assert [a.dtype for a in terms] == [jnp.bfloat16] * 3
+    np.testing.assert_array_equal(sum(np.asarray(a, np.float64) for a in terms), x)
+    assert mosaic_gpu.products(3) == [(0, 2), (1, 1), (2, 0), (0, 1), (1, 0), (0, 0)]
 
 
 @pytest.mark.parametrize("path", ["tpu", "mosaic_gpu"])
@@ -128,16 +149,13 @@ ask = functools.partial(kernels.choice, (2, 256, 16, 72), platform="cuda", imple
 def test_it_is_taken_where_it_is_asked_for(monkeypatch):
     monkeypatch.setattr(dispatch, "MOSAIC_GPU_SINCE", (0, 10))
     monkeypatch.setattr(dispatch, "_has_cuda", lambda: True)
-    assert ask() == ("mosaic_gpu", "it was asked for")
+    assert ask() == ask(dtype=jnp.float32) == ("mosaic_gpu", "it was asked for")
     assert kernels.choice((2, 256, 16, 72), platform="cuda").path == "xla"  # not measured: not a default
     for change, match in (
         ({"platform": "cpu"}, r"'mosaic_gpu' was asked for, but it is for cuda and the program is for cpu"),
         ({"platform": "tpu"}, r"is for cuda and the program is for tpu; leave `implementation` out there"),
         ({"platform": "cuda", "implementation": "tpu"}, r"'tpu' was asked for, but it is for tpu and the program is"),
-        (
-            {"dtype": jnp.float32},
-            r"float32 has no kernel for Hopper \(float16 and bfloat16 have; XLA",
-        ),
+        ({"dtype": jnp.float64}, r"float64 has no kernel for Hopper \(float16, bfloat16 and float32 have\)"),
         ({"q_shape": (2, 256, 16, 256)}, r"head dimension 256 has no kernel for Hopper \(1 to 128 have\)"),
     ):
         options = {"q_shape": (2, 256, 16, 72), "platform": "cuda", "implementation": "mosaic_gpu"} | change
@@ -188,7 +206,8 @@ def test_kernels_compile_for_an_h200():
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(lines) == 8
+    assert len(lines) == 12
+    assert {line["case"]: line["permutes"] for line in lines if line["permutes"]}.keys() == {"ring of four"}
     for line in lines:
         assert line.get("kernels") == 3 and len(line["each"]) == 3, line  # forward, dq, and dk with dv
         for name, kernel in line["each"].items():

@@ -9,8 +9,8 @@ Matrix products are of bfloat16 or float16 and accumulate in float32. A float32 
 bfloat16 that sum to it, and a product is the sum of those products of terms that matter: BF16_BF16_F32_X6 of jax.lax's
 DotAlgorithmPreset (1904.06376). One kernel serves both: its arrays have a leading axis of terms, of size 1 for 16 bits.
 TF32 would be one product, but wgmma takes it with the summed axis last only, so that half of the operands would come
-transposed as well, and ten bits are not float32: it misses logits of 1e4 by several units. Two terms (X3) miss them by
-a tenth: docs/kernels.md has the errors.
+transposed as well, and ten bits are not float32: it misses logits of 1e4 by units. Two terms (X3) miss them by tenths:
+docs/kernels.md has the errors.
 
 Patterns, biases and segments are read from global memory straight into the registers that need them.
 
@@ -306,7 +306,9 @@ def call(
 
             results = finish(lax.fori_loop(first, last, step, sums))
             through = {o: part.buffers[w].at[0] if in_terms(w) else part.buffers[w] for o, w in ways.items()}
-            leaving = {o: buffer for o, buffer in through.items() if buffer.dtype == outputs[o]}  # float32 goes straight
+            leaving = {
+                o: buffer for o, buffer in through.items() if buffer.dtype == outputs[o]
+            }  # float32 goes straight
             for name, value in results.items():
                 part.write(name, value.astype(outputs[name]), leaving.get(name))
             plgpu.commit_smem()
