@@ -212,4 +212,5 @@ def test_kernels_compile_for_an_h200():
         assert line.get("kernels") == 3 and len(line["each"]) == 3, line  # forward, dq, and dk with dv
         for name, kernel in line["each"].items():
             assert kernel["target"] == "sm_90a" and kernel["wgmma"] > 0, (line, name)
+            assert kernel["wgmma"] % (6 if "float32" in line["case"] else 1) == 0, (line, name)
             assert kernel["shared memory"] <= 232448 and kernel["spilled"] <= 64, (line, name)
