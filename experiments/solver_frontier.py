@@ -32,8 +32,8 @@ from jdiff.solvers.file import save
 from jdiff.statistics import Statistics, estimate
 
 NFE = (5, 6, 8, 10, 15, 20, 50)
-CALIBRATION = 256  # trajectories in one of auto's four batches
-TRAINED, VALID = 4096, 512  # trajectories of the fit
+CALIBRATION, BATCHES = 256, 16  # trajectories in one of auto's batches, and how many; the default is 8
+TRAINED, USED, VALID = 16384, 2048, 2048  # trajectories of the fit: drawn, used in a round, deciding
 FITTED = (5, 6, 8, 10)
 ALL = tuple(name for name, make in solvers.ALL.items() if not make().stochastic)
 MORE = ("dpm_solver_pp(order=3, as_published=True)", "deis(order=2, variable='lam')")
@@ -127,8 +127,9 @@ def cell(context: Context, row: str, nfe: int) -> dict[str, Any]:
     }  # fmt: skip
     made: dict[Any, jdiff.Tableau] = {k: T for k, (T, _) in tables(p, STANDARD, nfe).items()}
     for text, order in V3.items():
-        solver = solvers.get("dpm_solver_v3", order=order, statistics=exactly)
-        made |= {(text, grid): T for (_, grid), (T, _) in tables(p, (solver,), nfe).items()}
+        for given, about in ((exactly, ""), (estimated, ", as auto estimates it")):
+            solver = solvers.get("dpm_solver_v3", order=order, statistics=given)
+            made |= {(text + about, grid): T for (_, grid), (T, _) in tables(p, (solver,), nfe).items()}
     same, ours = ({k: score(T) for k, T in some.items()} for some in (peers, made))
     ours |= same  # they are our solvers and grids too
     for w in WHICH:
@@ -144,7 +145,7 @@ def cell(context: Context, row: str, nfe: int) -> dict[str, Any]:
             values = [v[w] for key, v in ours.items() if not isinstance(key, str) and key[0] == solver]
             found[f"{w} of {solver}"] = min(values, default=None)
     noise, began = _models.noise(case.model, p, 1000 + nfe, CALIBRATION), time.process_time()
-    table, report = solvers.auto(case.denoiser, nfe, noise, jax.random.key(nfe), measured=estimated)
+    table, report = solvers.auto(case.denoiser, nfe, noise, jax.random.key(nfe), batches=BATCHES, measured=estimated)
     found |= {"auto seconds": time.process_time() - began, "auto rms by": f"{report.solver} on {report.grid}"}
     chosen = score(table)
     found |= {f"auto {w}": chosen[w] for w in WHICH} | {"auto cost": report.evaluations * report.batch}
@@ -206,7 +207,7 @@ def _fitted(context: Context, row: str, nfe: int) -> tuple[jdiff.Tableau, dict[s
         case = context.case(row, seed=seed, n=n)
         sets.append(fit.Reference(case.x, case.target, np.arange(n), seed))
     made = time.process_time()
-    found = fit.table(case.denoiser, nfe, *sets, batch=VALID)
+    found = fit.table(case.denoiser, nfe, *sets, use=USED, batch=512)
     errors = _score(context.case(row), found.tableau)
     file = Path(context.settings.out) / "fit" / f"{'-'.join(row.split())}-{nfe}.safetensors"
     save(file, found.tableau, {**found.meta, "held out": errors})

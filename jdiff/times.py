@@ -45,12 +45,24 @@ def uniform(process: Process, n: int, *, start: float | None = None, end: float 
     return np.linspace(_check(process, n, start, end), end, int(n) + 1)
 
 
-def quadratic(process: Process, n: int, *, start: float | None = None, end: float = 0.0) -> np.ndarray:
-    """Evenly spaced in sqrt(t): small steps near data (DDIM, Song et al. 2021; DEIS's t^2 grid)."""
+def power(process: Process, n: int, k: float = 2.0, *, start: float | None = None, end: float = 0.0) -> np.ndarray:
+    """Evenly spaced in t^(1 / k): smaller steps near data the larger k >= 1 (DEIS, Zhang & Chen 2023, their t^k)."""
+    if not k > 0:
+        raise ValueError(f"power: expected k > 0, got {k}")
     start = _check(process, n, start, end)
-    t = np.linspace(np.sqrt(start), np.sqrt(end), int(n) + 1) ** 2
+    t = np.linspace(start ** (1.0 / k), end ** (1.0 / k), int(n) + 1) ** k
     t[0], t[-1] = start, end
     return t
+
+
+def quadratic(process: Process, n: int, *, start: float | None = None, end: float = 0.0) -> np.ndarray:
+    """Evenly spaced in sqrt(t): small steps near data (DDIM, Song et al. 2021; DEIS's t^2 grid)."""
+    return power(process, n, 2.0, start=start, end=end)
+
+
+def cubic(process: Process, n: int, *, start: float | None = None, end: float = 0.0) -> np.ndarray:
+    """Evenly spaced in the cube root of t: smaller steps near data still (DEIS's t^3 grid)."""
+    return power(process, n, 3.0, start=start, end=end)
 
 
 def logsnr(process: Process, n: int, *, start: float | None = None, end: float = 0.0) -> np.ndarray:
@@ -92,4 +104,6 @@ def graded(times: np.ndarray, levels: int) -> np.ndarray:
     return np.concatenate([t[:1], inner, t[1:]])
 
 
-ALL = {"uniform": uniform, "logsnr": logsnr, "karras": karras, "quadratic": quadratic, "shifted": shifted}
+ALL = {
+    "uniform": uniform, "logsnr": logsnr, "karras": karras, "quadratic": quadratic, "cubic": cubic, "shifted": shifted,
+}  # fmt: skip

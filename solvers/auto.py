@@ -5,8 +5,8 @@
 
 Solvers are data, so trying one costs no compilation: every candidate, of any NFE, runs in one compiled program on the
 same noise, and is compared with where the model's own probability flow ends. A race: all candidates on one batch, the
-best of them on more batches, the grids of the best few improved by a short search. What is reported for the chosen
-one is its error on a batch that the choice did not see.
+best of them on four, the best of those on all, the grids of the best few improved by a short search. What is reported
+for the chosen one is its error on a batch that the choice did not see.
 
 Among the candidates is DPM-Solver-v3, whose statistics are estimated on the model by the way (`jdiff.statistics`).
 """
@@ -35,6 +35,7 @@ CANDIDATES = (
     "unipc(order=4, prediction='eps')", "ghvb(order=3)", "ghvb",
 )  # fmt: skip
 V3 = {f"dpm_solver_v3(order={order})": order for order in (2, 3)}  # tried with statistics of the model
+RACE = ((1, 64), (4, 16), (None, 12))  # (on so many of the batches, so many stay); None: on all
 ROWS, REGISTERS = 2048, 6  # tables are filled up to these: one compiled program for all
 
 
@@ -87,7 +88,7 @@ def auto(
     key: Array | None,
     *,
     candidates: Sequence[str | Solver] = CANDIDATES,
-    batches: int = 4,
+    batches: int = 8,
     tune: int = 3,
     steps: int | None = None,
     measured: statistics.Statistics | bool = True,
@@ -104,9 +105,10 @@ def auto(
                 array and the denoiser has derivatives forward (about 5 evaluations at each of 61 noise levels, of two
                 batches; give them where you choose for several NFE: `measure(denoiser, x, key)`); False: none
 
-    Guidance and thresholding are part of the denoiser. Ranked by `objective`: the typical error and, evenly, the mean
-    one, which hears the few trajectories that end in another mode without being ruled by them. The same arguments
-    give the same choice. Returns (table, report). ValueError for nfe < 1, an empty batch, or a missing key.
+    Guidance and thresholding are part of the denoiser. Ranked by `rank`: mostly the root mean square, which hears the
+    few trajectories that end in another mode, and the typical error. Where such are rarer than one of all calibration
+    samples, nothing tells solvers apart by them: more batches do. The same arguments give the same choice. Returns
+    (table, report). ValueError for nfe < 1, an empty batch, or a missing key.
     """
     from jdiff import solvers
 
@@ -137,7 +139,7 @@ def auto(
     def errors(table: Tableau, which: Sequence[int]) -> np.ndarray:
         nonlocal spent
         spent += table.nfe * len(which)
-        return np.concatenate([squares(ends(denoiser, table, starts[i]), targets[i]) for i in which])
+        return np.concatenate([np.zeros(0), *(squares(ends(denoiser, table, starts[i]), targets[i]) for i in which)])
 
     # The reference, doubled until it is good enough for the first few candidates that one would try anyway.
     n = steps or max(128, 8 * nfe)
@@ -151,17 +153,19 @@ def auto(
         targets, gap, cost = _reference(denoiser, starts, n, targets)
         spent += cost
 
-    first = {name: objective(errors(table, [0])) for name, (table, _) in made.items()}
-    best = sorted(first, key=first.__getitem__)[: max(12, 4 * tune)]
-    used = list(range(batches))
-    trials = {name: errors(made[name][0], used) for name in best}
-    order = sorted(best, key=lambda name: objective(trials[name]))
+    trials: dict[tuple[str, str], np.ndarray] = {name: np.zeros(0) for name in made}
+    order, used = list(made), 0
+    for upto, keep in RACE:
+        seen, used = used, min(upto or batches, batches)
+        trials = {name: np.append(trials[name], errors(made[name][0], range(seen, used))) for name in order}
+        order = sorted(order, key=lambda name: rank(trials[name]))[: max(keep, 4 * tune)]
+    trials = {name: trials[name] for name in order}
     for name in order[:tune]:
-        found = _tuned(p, named[name[0]], made[name][1], lambda t: errors(t, used), trials[name])
+        found = _tuned(p, named[name[0]], made[name][1], lambda t: errors(t, range(batches)), trials[name])
         if found is not None:
             better = (name[0], f"{name[1]}, tuned")
             made[better], trials[better] = found[:2], found[2]
-    order = sorted(trials, key=lambda name: objective(trials[name]))
+    order = sorted(trials, key=lambda name: rank(trials[name]))
     table, t = made[order[0]]
     held_out = _figures(errors(table, [batches]))
     ranking = tuple(Trial(*name, *_figures(trials[name])) for name in order)
@@ -189,14 +193,18 @@ def grids(p: Process) -> dict[str, Callable[[int], np.ndarray]]:
     found: dict[str, Callable[[int], np.ndarray]] = {}
     for m in (1, 3, 10):  # where the last step, to sigma = 0, starts: sigma/alpha is m times that of t_min
         late = dataclasses.replace(p, t_min=float(p.t_of_lam(p.lam(p.t_min) - np.log(m))))
-        where = "0 after t_min" if m == 1 else f"0 after {m} t_min"
-        found[f"logsnr to {where}"] = functools.partial(times.logsnr, late)
-        found[f"karras to {where}"] = functools.partial(times.karras, late)
-    for name in ("uniform", "quadratic"):
+        for name in ("logsnr", "karras", "quadratic", "cubic"):
+            found[f"{name} to 0 after {m} t_min".replace(" 1 ", " ")] = functools.partial(_to, late, name)
+    for name in ("uniform", "quadratic", "cubic"):
         found[f"{name} to 0"] = functools.partial(times.ALL[name], p)
-    for name in ("logsnr", "karras", "uniform", "quadratic"):
+    for name in ("logsnr", "karras", "uniform", "quadratic", "cubic"):
         found[f"{name} to t_min"] = functools.partial(times.ALL[name], p, end=p.t_min)
     return found
+
+
+def _to(p: Process, name: str, n: int) -> np.ndarray:
+    """n - 1 steps to t_min and one to 0."""
+    return np.append(times.ALL[name](p, n - 1, end=p.t_min) if n > 1 else p.t_max, 0.0)
 
 
 Tables = dict[tuple[str, str], tuple[Tableau, np.ndarray]]
@@ -294,15 +302,11 @@ def _figures(each: np.ndarray) -> tuple[float, float]:
     return float(np.sqrt(np.mean(each))), float(np.sqrt(np.median(each)))
 
 
-def objective(squares: Any, weight: float = 1.0, shares: Any = None) -> float:
-    """mean log e^2 + weight log (mean e)^2 of the mean squares e^2 (n,) of the trajectories' errors: the first term is
-    for the typical one, the second for the few that end in another mode (the tail of such errors falls as 1 / e^2, so
-    that the mean of e hears every size of them alike, and that of e^2 the largest alone). Free of scale.
-
-    shares  (n,): of each trajectory in the means; default equal. Infinite where a square is not finite
-    """
-    e, shares = floored(squares), 1.0 / len(squares) if shares is None else shares
-    value = float(np.sum(shares * np.log(e)) + 2.0 * weight * np.log(np.sum(shares * np.sqrt(e))))
+def rank(squares: Any) -> float:
+    """mean log e^2 + 3 log mean e^2 of the mean squares e^2 (n,) of the trajectories' errors: the typical one and, with
+    more weight, the root mean square. Free of scale; infinite where a square is not finite."""
+    e = floored(squares)
+    value = float(np.mean(np.log(e)) + 3.0 * np.log(np.mean(e)))
     return value if np.isfinite(value) else np.inf
 
 
@@ -335,14 +339,14 @@ def _tuned(
             return None
         return table, grid, errors(table)
 
-    c, step, best, found = np.zeros(3), 0.5, objective(each), None
+    c, step, best, found = np.zeros(3), 0.5, rank(each), None
     for _ in range(5):
         moved = False
         for i in range(3):
             for sign in (step, -step):
                 trial = attempt(c + sign * np.eye(3)[i])
-                if trial is not None and objective(trial[2]) < best:
-                    c, best, found, moved = c + sign * np.eye(3)[i], objective(trial[2]), trial, True
+                if trial is not None and rank(trial[2]) < best:
+                    c, best, found, moved = c + sign * np.eye(3)[i], rank(trial[2]), trial, True
                     break
         step = step if moved else step / 2
     return found

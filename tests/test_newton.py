@@ -12,7 +12,7 @@ from scipy.optimize import approx_fprime
 import jdiff
 from jdiff import exact, fit, process
 from jdiff.fit import free, newton
-from jdiff.solvers.auto import objective
+from jdiff.fit.newton import objective
 
 MODEL = exact.mixture([0.4, 0.6], [[1.0, -0.5], [-0.7, 0.4]], [[0.1, 0.3], [0.2, 0.05]])
 VP = process.vp_linear()

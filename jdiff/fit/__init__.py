@@ -6,13 +6,13 @@ jdiff.fit.save("solver.safetensors", fit.tableau, fit.meta | jdiff.fit.report(mo
 x = jdiff.sample(model, jdiff.solvers.load("solver.safetensors"), noise)
 """
 
-from jdiff.solvers.auto import objective
 from jdiff.solvers.file import save
 
 from . import compensation
 from .free import Params, from_tableau, to_tableau
 from .gradient import Fit, standard, table
 from .layers import AutoDiffusion, autodiffusion, layered
+from .newton import objective
 from .olss import Olss, olss
 from .reference import Reference, Source, fingerprint, reference
 from .report import errors, report

@@ -19,12 +19,24 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array
 
-from jdiff.solvers.auto import floored, objective
+from jdiff.solvers.auto import floored
 
 from .free import Coefficients, Params, coefficients, evaluate, rollout
 from .reference import Reference, as_argument, model_at
 
 SHARE = 3.0  # the most that one trajectory may weigh in a step, of the average one's leverage
+
+
+def objective(squares: Any, weight: float = 1.0, shares: Any = None) -> float:
+    """mean log e^2 + weight log (mean e)^2 of the mean squares e^2 (n,) of the trajectories' errors: the first term is
+    for the typical one, the second for the few that end in another mode (the tail of such errors falls as 1 / e^2, so
+    that the mean of e hears every size of them alike, and that of e^2 the largest alone). Free of scale.
+
+    shares  (n,): of each trajectory in the means; default equal. Infinite where a square is not finite
+    """
+    e, shares = floored(squares), 1.0 / len(squares) if shares is None else shares
+    value = float(np.sum(shares * np.log(e)) + 2.0 * weight * np.log(np.sum(shares * np.sqrt(e))))
+    return value if np.isfinite(value) else np.inf
 
 
 def _slopes(squares: Any, weight: float, shares: np.ndarray) -> np.ndarray:

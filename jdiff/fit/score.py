@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from jdiff.solvers.auto import objective
 from jdiff.tableau import Tableau
 
 from .free import Coefficients, rollout
+from .newton import objective
 from .reference import Reference, Source, as_argument, model_at
 
 
