@@ -32,7 +32,8 @@ from jdiff.solvers.file import save
 from jdiff.statistics import Statistics, estimate
 
 NFE = (5, 6, 8, 10, 15, 20, 50)
-CALIBRATION, BATCHES = 256, 16  # trajectories in one of auto's batches, and how many; the default is 8
+CALIBRATION = 256  # trajectories in one of auto's batches
+AUTO = {"batches": 16, "tune": 8}  # twice auto's defaults and more: exact models are cheap
 TRAINED, USED, VALID = 16384, 2048, 2048  # trajectories of the fit: drawn, used in a round, deciding
 FITTED = (5, 6, 8, 10)
 ALL = tuple(name for name, make in solvers.ALL.items() if not make().stochastic)
@@ -145,7 +146,7 @@ def cell(context: Context, row: str, nfe: int) -> dict[str, Any]:
             values = [v[w] for key, v in ours.items() if not isinstance(key, str) and key[0] == solver]
             found[f"{w} of {solver}"] = min(values, default=None)
     noise, began = _models.noise(case.model, p, 1000 + nfe, CALIBRATION), time.process_time()
-    table, report = solvers.auto(case.denoiser, nfe, noise, jax.random.key(nfe), batches=BATCHES, measured=estimated)
+    table, report = solvers.auto(case.denoiser, nfe, noise, jax.random.key(nfe), measured=estimated, **AUTO)
     found |= {"auto seconds": time.process_time() - began, "auto rms by": f"{report.solver} on {report.grid}"}
     chosen = score(table)
     found |= {f"auto {w}": chosen[w] for w in WHICH} | {"auto cost": report.evaluations * report.batch}
