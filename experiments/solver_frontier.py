@@ -33,7 +33,7 @@ from jdiff.statistics import Statistics, estimate
 
 NFE = (5, 6, 8, 10, 15, 20, 50)
 CALIBRATION = 256  # trajectories in one of auto's batches
-AUTO = {"batches": 16, "tune": 8}  # twice auto's defaults and more: exact models are cheap
+AUTO: dict[str, Any] = {"batches": 16, "tune": 8}  # twice auto's defaults and more: exact models are cheap
 TRAINED, USED, VALID = 16384, 2048, 2048  # trajectories of the fit: drawn, used in a round, deciding
 FITTED = (5, 6, 8, 10)
 ALL = tuple(name for name, make in solvers.ALL.items() if not make().stochastic)

@@ -57,7 +57,7 @@ class SampleConfig:
 
     solver: str = "unipc"  # a name, or one as above; a file of `jdiff fit-solver`; auto: tries them on this model
     nfe: int | None = None  # network evaluations that may be spent (guidance doubles each); 20, or what the file has
-    grid: str | None = None  # time grid: uniform, logsnr, karras, quadratic; logsnr, or what the file or auto has
+    grid: str | None = None  # uniform, logsnr, karras, quadratic, cubic; logsnr, or what the file or auto has
     n: int = 64  # how many samples
     batch: int = 256  # how many at a time
     label: int | None = None  # one class for all; none: the classes in turn, where the model has classes

@@ -98,6 +98,7 @@ def auto(
     x           starting noise (batch, ...), float32 or float64: the first of the calibration batches, and the shape
                 of the others; a few dozen to a few hundred samples
     key         draws the other batches: `batches` - 1 for the choice, one for the reported error
+    batches     for the choice: all candidates run on one, 64 of them on four, 16 of those on all
     candidates  solvers, or texts that `solvers.parse` reads; each runs on every grid of `grids`
     tune        how many of the best get their grid improved; 0: none
     steps       of the first reference (doubled until halving them changes little); default 8 nfe, at least 128

@@ -138,6 +138,16 @@ def test_karras_grid_is_edms():
     np.testing.assert_allclose(times.karras(process.edm(), n), np.append(expected, 0.0), rtol=1e-12)
 
 
+def test_grids_by_powers():
+    """DEIS (Zhang & Chen 2023): t^(1/k) evenly spaced; in sigma that is Karras' grid with rho = k."""
+    vp, edm = process.vp_linear(), process.edm()
+    np.testing.assert_allclose(np.diff(np.cbrt(times.cubic(vp, 9))), -np.cbrt(vp.t_max) / 9, rtol=1e-12)
+    np.testing.assert_array_equal(times.quadratic(vp, 9, end=0.1), times.power(vp, 9, 2.0, end=0.1))
+    for k in (1.0, 3.0, 7.0):
+        expected = times.karras(edm, 9, rho=k, end=edm.t_min)
+        np.testing.assert_allclose(times.power(edm, 9, k, end=edm.t_min), expected, rtol=1e-12)
+
+
 def test_graded_start():
     t = times.graded(np.array([1.0, 0.5, 0.0]), 3)
     np.testing.assert_allclose(t, [1.0, 1 - 1 / 16, 1 - 1 / 8, 1 - 1 / 4, 0.5, 0.0])
@@ -173,6 +183,7 @@ def test_bad_arguments():
         (lambda: times.uniform(process.flow(), 0), "at least 1; got 0"),
         (lambda: times.logsnr(process.edm(), 5, start=90.0), "start <= 80"),
         (lambda: times.karras(process.edm(), 5, rho=-1), "rho > 0"),
+        (lambda: times.power(process.edm(), 5, 0.0), "k > 0, got 0.0"),
     ):
         with pytest.raises(ValueError, match=says):
             call()

@@ -306,9 +306,8 @@ def call(
 
             results = finish(lax.fori_loop(first, last, step, sums))
             through = {o: part.buffers[w].at[0] if in_terms(w) else part.buffers[w] for o, w in ways.items()}
-            leaving = {
-                o: buffer for o, buffer in through.items() if buffer.dtype == outputs[o]
-            }  # float32 goes straight
+            same = lambda o: through[o].dtype == outputs[o]  # float32 goes straight from registers
+            leaving = {o: buffer for o, buffer in through.items() if same(o)}
             for name, value in results.items():
                 part.write(name, value.astype(outputs[name]), leaving.get(name))
             plgpu.commit_smem()
