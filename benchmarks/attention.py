@@ -2,14 +2,15 @@
 
     python benchmarks/attention.py                          DiT shapes; minutes
     python benchmarks/attention.py --tokens 1024 --dims 72 --repeats 5
+    python benchmarks/attention.py --dtype float32          our kernels and XLA's attention
     python benchmarks/attention.py --aot v5e:2x2            nothing runs: what the compiled programs are to compute
     python benchmarks/attention.py --work                   nothing compiles: the share of blocks that windows visit
 
-bfloat16, 16 heads, 16,384 tokens in a batch. The milliseconds of one call are the least of `--repeats` means over ten.
-FLOPs are those of pairs that attend (`kernels.flops`), times 3.5 with the backward pass, for all paths alike: a path
-that computes masked pairs as well is slow by this count. A path that refuses a row says why. Aims: full attention at
-0.8 of cuDNN's, windows at the share of work saved. Without an accelerator it says that none was measured, and times
-the reference and XLA's attention here.
+bfloat16 (or `--dtype`), 16 heads, 16,384 tokens in a batch. The milliseconds of one call are the least of `--repeats`
+means over ten. FLOPs are those of pairs that attend (`kernels.flops`), times 3.5 with the backward pass, for all paths
+alike: a path that computes masked pairs as well is slow by this count, as is one that makes a float32 product of six.
+A path that refuses a row says why. Aims: full attention at 0.8 of cuDNN's, windows at the share of work saved. Without
+an accelerator it says that none was measured, and times the reference and XLA's attention here.
 """
 
 import argparse
@@ -63,7 +64,7 @@ def seconds(fn, args, repeats):
     return best
 
 
-def measure(tokens, dims, repeats, paths, batch_tokens=16384):
+def measure(tokens, dims, repeats, paths, dtype, batch_tokens=16384):
     print(
         f"{'tokens':>7} {'d':>4} {'mask':>14} {'path':>10} {'fwd ms':>9} {'TFLOP/s':>8} {'both ms':>9} {'TFLOP/s':>8}"
     )
@@ -74,7 +75,7 @@ def measure(tokens, dims, repeats, paths, batch_tokens=16384):
             kinds |= {f"window 8 {order}": mask for order, mask in windows(side, 8.0).items()}
         for d in dims:
             shape = (max(batch_tokens // n, 1), n, HEADS, d)
-            args = [jax.random.normal(jax.random.key(i), shape, jnp.bfloat16) for i in range(3)]
+            args = [jax.random.normal(jax.random.key(i), shape, dtype) for i in range(3)]
             for kind, mask in kinds.items():
                 for path in paths:
                     flops = kernels.flops(shape, mask=mask)
@@ -109,6 +110,7 @@ def main():
     parser.add_argument("--tokens", type=int, nargs="+", default=[256, 1024, 4096, 16384])
     parser.add_argument("--dims", type=int, nargs="+", default=[64, 72, 128], help="head dimensions")
     parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--work", action="store_true")
     parser.add_argument("--aot", metavar="TOPOLOGY")
     args = parser.parse_args()
@@ -122,12 +124,12 @@ def main():
     print(f"{device.device_kind} ({device.platform}), jax {jax.__version__}")
     if device.platform == "cpu":
         print("no accelerator here: nothing was measured for TPU or GPU. On this CPU, one sample of 256 tokens:")
-        return measure([256], args.dims, args.repeats, ["reference", "xla"], batch_tokens=256)
+        return measure([256], args.dims, args.repeats, ["reference", "xla"], args.dtype, batch_tokens=256)
     paths = ["xla", "tpu"] if device.platform == "tpu" else ["xla", "cudnn", "mosaic_gpu"]
     for d in args.dims:
         platform = "tpu" if device.platform == "tpu" else "cuda"
-        print(f"d {d}: by default {kernels.choice((1, 256, HEADS, d), platform=platform)}")
-    measure(args.tokens, args.dims, args.repeats, paths)
+        print(f"d {d}: by default {kernels.choice((1, 256, HEADS, d), dtype=args.dtype, platform=platform)}")
+    measure(args.tokens, args.dims, args.repeats, paths, args.dtype)
 
 
 if __name__ == "__main__":
