@@ -88,7 +88,7 @@ def auto(
     key: Array | None,
     *,
     candidates: Sequence[str | Solver] = CANDIDATES,
-    batches: int = 8,
+    batches: int = 4,
     tune: int = 3,
     steps: int | None = None,
     measured: statistics.Statistics | bool = True,

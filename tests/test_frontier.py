@@ -54,15 +54,18 @@ def test_projected_quantiles_and_the_distance_to_them():
 def test_targets_say_where_they_hold():
     cell = {"peer rms": 0.1, "peer median": 0.02, "standard rms": 0.1, "standard median": 0.01, "fit rms": None}
     cell |= {"auto rms": 0.12, "auto median": 0.022, "same rms on more": 0.2, "same median on more": 0.02}
-    cell |= {f"{kind} {w} on more": 0.02 for kind in ("standard", "auto") for w in solver_frontier.WHICH}
+    cell |= {"default rms": 0.11, "default median": 0.023}
+    cell |= {f"{kind} {w} on more": 0.02 for kind in ("standard", "auto", "default") for w in solver_frontier.WHICH}
     found = solver_frontier._targets({("gmm2 vp", 5): cell}, "peer", "", lambda value: 0.0)
-    assert len(found) == 4 and "DOES NOT HOLD in 1 of them: gmm2 vp 5 (1.20)" in found[1]
-    assert all(line.endswith("holds.") for line in (found[0], *found[2:]))
+    assert len(found) == 6 and "DOES NOT HOLD in 1 of them: gmm2 vp 5 (1.20)" in found[1]
+    assert "by default" in found[5] and "DOES NOT HOLD in 1 of them: gmm2 vp 5 (1.15)" in found[5]
+    assert all(line.endswith("holds.") for line in (found[0], *found[2:5]))
     found = solver_frontier._targets({("gmm2 vp", 5): cell}, "peer", "", lambda value: 0.01)  # half a unit of 0.1
     assert found[1].endswith("holds.")
     fitted = cell | {"fit rms": 0.01, "fit rms on more": 0.11, "fit median on more": 0.004}
     found = solver_frontier._targets({("gmm2 vp", 5): fitted}, "same", " on more", lambda value: 0.0)
-    assert len(found) == 6 and "(0.55)" in found[2] and all(found[i].endswith("holds.") for i in (0, 1, 3, 4, 5))
+    assert len(found) == 8 and "(0.55)" in found[3]
+    assert all(found[i].endswith("holds.") for i in (0, 1, 2, 4, 5, 6, 7))
 
 
 def test_more_trajectories_are_scored_by_kind():
