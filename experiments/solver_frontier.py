@@ -150,9 +150,9 @@ def cell(context: Context, row: str, nfe: int) -> dict[str, Any]:
     for kind, options in AUTO.items():
         noise, began = _models.noise(case.model, p, 1000 + nfe, CALIBRATION), time.process_time()
         table, report = solvers.auto(case.denoiser, nfe, noise, jax.random.key(nfe), measured=estimated, **options)
-        name_of, errors = f"{report.solver} on {report.grid}", score(table)
+        name_of, reached = f"{report.solver} on {report.grid}", score(table)
         found |= {f"{kind} seconds": time.process_time() - began, f"{kind} rms by": name_of}
-        found |= {f"{kind} {w}": errors[w] for w in WHICH} | {f"{kind} cost": report.evaluations * report.batch}
+        found |= {f"{kind} {w}": reached[w] for w in WHICH} | {f"{kind} cost": report.evaluations * report.batch}
         about = {"held out rms and median": report.held_out, "solver": report.solver, "grid": report.grid}
         save(Path(s.out) / kind / f"{name}-{start}-{nfe}.safetensors", table, about)
         chosen[kind] = {name_of: table}
