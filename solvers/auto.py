@@ -194,8 +194,9 @@ def grids(p: Process) -> dict[str, Callable[[int], np.ndarray]]:
     found: dict[str, Callable[[int], np.ndarray]] = {}
     for m in (1, 3, 10):  # where the last step, to sigma = 0, starts: sigma/alpha is m times that of t_min
         late = dataclasses.replace(p, t_min=float(p.t_of_lam(p.lam(p.t_min) - np.log(m))))
+        where = "0 after t_min" if m == 1 else f"0 after {m} t_min"
         for name in ("logsnr", "karras", "quadratic", "cubic"):
-            found[f"{name} to 0 after {m} t_min".replace(" 1 ", " ")] = functools.partial(_to, late, name)
+            found[f"{name} to {where}"] = functools.partial(_to, late, name)
     for name in ("uniform", "quadratic", "cubic"):
         found[f"{name} to 0"] = functools.partial(times.ALL[name], p)
     for name in ("logsnr", "karras", "uniform", "quadratic", "cubic"):

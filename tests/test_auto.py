@@ -1,5 +1,6 @@
 """The automatic choice of solver and grid, against exact flows that it does not see."""
 
+import collections
 import importlib
 
 import jax
@@ -46,6 +47,29 @@ def test_the_choice_is_as_good_as_every_candidate_on_other_noise(model, p, monke
     monkeypatch.setattr(auto, "rank", lambda each: -right(each))  # a choice by the wrong sign is found out
     worst, _ = choose(model, p, 6, tune=0)
     assert score(worst) > 1.1 * min(each)
+
+
+def test_rank_hears_the_few_that_go_elsewhere_more_than_the_typical_error():
+    assert auto.rank(np.array([1.0, 9.0])) == pytest.approx(0.5 * np.log(9.0) + 3.0 * np.log(5.0))
+    each = np.random.default_rng(0).chisquare(2, 1000)
+    assert auto.rank(each * 100.0) == pytest.approx(auto.rank(each) + 4.0 * np.log(100.0))  # free of scale
+    some, more = np.full(100, 1e-4), np.full(100, 4e-4)
+    some[:4], more[:1] = 1.0, 1.0  # a typical error of half does not make up for four flips in place of one
+    assert auto.rank(more) < auto.rank(some)
+    assert auto.rank(np.full(100, 1e-4)) < auto.rank(np.full(100, 4e-4))
+    assert auto.rank(np.array([1.0, np.nan])) == np.inf
+
+
+def test_each_round_of_the_race_adds_batches(monkeypatch):
+    right, solve, seen, starts = auto.rank, auto.ends, [], collections.Counter()
+    monkeypatch.setattr(auto, "rank", lambda each: seen.append(len(each)) or right(each))
+    monkeypatch.setattr(auto, "ends", lambda d, T, x: starts.update([float(x[0, 0])]) or solve(d, T, x))
+    _, report = choose(GAUSSIAN, process.edm(), 5, n=8, batches=6, tune=0, steps=128)
+    assert sorted(set(seen)) == [8, 32, 48]  # one, four, six batches of eight
+    made = auto.tables(process.edm(), FEW, 5)
+    assert len(made) <= 64 and seen.count(32) == len(made) and len(report.trials) == 12
+    ran = sorted(starts.values())  # on the last batch what is reported alone, and the reference as on all
+    assert np.diff(ran[:6]).tolist() == [15, 0, len(made) - 16, 0, 0] and ran[6] > ran[5]
 
 
 def test_statistics_of_the_model_are_tried_and_make_a_gaussian_nearly_exact():
